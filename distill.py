@@ -1,0 +1,193 @@
+"""Distil a flow language model into a flow map language model (FMLM), which writes a text in one network evaluation.
+
+    python distill.py                                              # reads out/pydocs/flm.pt, writes fmlm.pt beside it
+    torchrun --nproc_per_node=8 distill.py config/distill_owt.py
+
+The student is the FLM with a second time embedding, which starts at zero: at first it knows where it is, not where it
+should jump to. Part of every batch keeps it a denoiser (the diagonal: jumps of no length, taught by the frozen FLM); the
+rest teaches jumps of every length by one of three objectives (flowmap.py), a small share of them the full jump from
+noise to text. Teacher and student share the embedding E, frozen, since both must see the same noisy state.
+
+Notable: the default objective needs forward passes only, since two short jumps are the target of a long one; the full
+jump is learned last, from the inside out, and the log shows how far it has come.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+import common
+from flow import Clock, latent_noise, noise_factor, stratified
+from flowmap import OBJECTIVES, distillation_loss, off_diagonal_times
+
+# -- input and output
+out_dir = "out/pydocs"           # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
+dataset = "pydocs"               # must have the vocabulary that the FLM was trained on
+init_from = "scratch"            # from out_dir/flm.pt; or resume: continue out_dir/fmlm.pt exactly
+eval_interval = 250              # steps between validations; each also writes the checkpoint
+eval_iters = 8                   # validation batches
+log_interval = 25                # steps between progress lines
+wandb_project = ""               # log there too, if named
+# -- method
+objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian)
+self_distill = False             # no teacher: the diagonal learns from the data
+diagonal_share = 0.5             # of every batch; the rest learns jumps
+full_jump_share = 1 / 32         # of the jumps: from noise to text in one
+target_ema = False               # compute targets with the moving average instead of the student itself
+dropout = 0.0                    # of the student; the teacher has none here
+# -- optimization
+batch_size = 64                  # sequences in a micro-step of one process
+gradient_accumulation_steps = 1  # micro-steps in a step, over all processes: a multiple of their number
+max_iters = 1500                 # optimizer steps
+learning_rate = 1e-3
+schedule = "cosine"              # or constant, as published
+min_lr = 1e-4                    # where the cosine ends
+warmup_iters = 100
+optimizer = "adamw"              # or muon, for the matrices inside the blocks
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.0
+grad_clip = 1.0                  # largest norm of the gradient
+ema_decay = 0.999                # moving average of the weights: what is validated and sampled
+# -- system
+device = "auto"                  # cuda, mps or cpu
+dtype = "auto"                   # bfloat16, float16 or float32: whichever matrix products are fast in
+compile = False                  # torch.compile: worth it on a GPU, needs a C++ compiler on a CPU
+seed = 1
+
+settings = common.configure(globals(), sys.argv[1:])
+globals().update(settings)
+
+# ---------------------------------------------------------------- set-up
+
+machine = common.Machine(device, dtype)
+path = Path(out_dir) / "fmlm.pt"
+if objective not in OBJECTIVES:
+    common.fail(f"objective={objective}: choose {', '.join(OBJECTIVES)}")
+local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
+sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
+n_diagonal = round(diagonal_share * batch_size)
+if not 0 <= n_diagonal < batch_size:
+    common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
+
+torch.manual_seed(seed)
+flm = common.load_checkpoint(Path(out_dir) / "flm.pt", machine.device)
+checkpoint = common.load_resumable(path, init_from, machine.device)
+block_size = flm["model_config"]["block_size"]
+data = common.Data(dataset, "train", block_size, seed)
+val_data = common.Data(dataset, "val", block_size, seed)
+common.require_same_vocabulary(flm, data)
+
+teacher = common.build_model(flm, machine.device)
+if checkpoint:
+    student = common.build_model(checkpoint, machine.device, "model")
+else:
+    student = common.build_model(flm, machine.device, flow_map=True, dropout=dropout)
+student.embed.weight.requires_grad_(False)
+ema = copy.deepcopy(student).eval()
+optimizers = common.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
+step, samples_seen = common.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+
+clock = common.build_clock(flm, machine.device)
+E = student.embed.weight
+factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
+net = torch.compile(student) if compile else student
+teacher_net = torch.compile(teacher) if compile else teacher
+log = common.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
+if machine.main:
+    common.announce(f"flow map by {objective}", student, machine, data, sequences * block_size, max_iters, path)
+
+
+def noise(samples, purpose):
+    """z0 (B, L, d) for these sample numbers: the same whichever process draws it."""
+    return latent_noise(E, factor, common.sample_noise(common.mix(seed, purpose), samples, block_size, machine.device))
+
+
+def draw_times(micro_steps: int, full_share: float, random: torch.Generator):
+    """tau_s and tau_t, (micro_steps, batch_size) each: the first n_diagonal of a batch equal, the others jumps. All
+    are stratified over the whole optimizer step."""
+    n_jumps = micro_steps * (batch_size - n_diagonal)
+    diagonal = stratified(micro_steps * n_diagonal, random).view(micro_steps, -1)
+    length, place, lot = (stratified(n_jumps, random) for _ in range(3))
+    jumps = [tau.view(micro_steps, -1) for tau in off_diagonal_times(length, place, lot < full_share)]
+    return [torch.cat([diagonal, tau], dim=1).float() for tau in jumps]
+
+
+def loss_terms(model, target, y, tau_s, tau_t, z0):
+    """The loss of every row, (B,), and the mass cut off the targets, per jump (B - n_diagonal,)."""
+    with machine.autocast():
+        loss, cut = distillation_loss(model, target, None if self_distill else teacher_net, clock, objective,
+                                      y, tau_s, tau_t, z0, n_diagonal)
+    return loss.mean(1), cut.mean(1)
+
+
+@torch.no_grad()
+def validate() -> tuple[float, list[float]]:
+    """Of the moving average, on held-out text, nats a token: the loss on the diagonal, then the loss of jumps in tenths
+    of their length on the clock, full jumps among the last. The same texts, times and noise at every call."""
+    total = torch.zeros(2, 11, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
+                        device=machine.device)                                  # losses, counts
+    tau_s, tau_t = draw_times(eval_iters, 1 / 8, common.generator(seed, 2))
+    for i in range(machine.rank, eval_iters, machine.world):
+        y, start, end = machine.put(val_data.rows(i * batch_size, batch_size)), machine.put(tau_s[i]), machine.put(tau_t[i])
+        loss, _ = loss_terms(ema, ema, y, start, end, noise(range(i * batch_size, (i + 1) * batch_size), 3))
+        bins = 1 + ((end - start) * 10).long().clamp_max(9)
+        bins[:n_diagonal] = 0
+        total.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
+    losses, counts = machine.total(total).cpu()
+    return (losses.sum() / counts.sum()).item(), (losses / counts.clamp_min(1)).tolist()
+
+
+def save() -> None:
+    if machine.main:
+        common.save_checkpoint(path, dict(kind="fmlm", **common.run_state(
+            student, ema, optimizers, machine, settings, data,
+            flm["clock_embedding_share"], step, samples_seen)))
+
+
+# ---------------------------------------------------------------- the loop
+
+progress = common.Progress(step, max_iters, sequences * block_size)
+while True:
+    lr = common.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
+    common.set_learning_rate(optimizers, lr)
+
+    if step % eval_interval == 0 or step == max_iters:
+        mean, bins = validate()
+        log.write(step, val_loss=mean, val_diagonal=bins[0], val_loss_by_length=bins[1:])
+        if machine.main:
+            print(f"step {step}: validation loss {mean:.3f}; diagonal {bins[0]:.3f}; "
+                  f"by length 0..1: {' '.join(f'{x:.2f}' for x in bins[1:])}", flush=True)
+        if step > 0:
+            save()
+        progress.restart(step)
+    if step >= max_iters or progress.stopped:
+        break
+
+    tau_s, tau_t = draw_times(gradient_accumulation_steps, full_jump_share, common.generator(seed, 4, step))
+    torch.manual_seed(common.mix(seed, 5, step, machine.rank))                  # for dropout
+    means = torch.zeros(2, device=machine.device)                               # of the loss and of the mass cut
+    student.train()
+    for i in range(local_steps):
+        j = i * machine.world + machine.rank                                    # this micro-step among all processes'
+        first = samples_seen + j * batch_size
+        y = machine.put(data.rows(first, batch_size))
+        loss, cut = loss_terms(net, ema if target_ema else net, y, machine.put(tau_s[j]), machine.put(tau_t[j]),
+                               noise(range(first, first + batch_size), 6))
+        machine.scaler.scale(loss.mean() / local_steps).backward()
+        means += torch.stack([loss.detach().mean(), cut.mean()]) / local_steps
+    norm = common.optimizer_step(student, optimizers, machine, grad_clip)
+    common.update_ema(ema, student, ema_decay, step)
+    step, samples_seen = step + 1, samples_seen + sequences
+
+    if step % log_interval == 0:
+        value, cut = (machine.total(means) / machine.world).tolist()            # the only wait for the device
+        common.require_finite(value, step, machine)
+        log.write(step, loss=value, lr=lr, grad_norm=norm.item(), off_simplex=cut)
+        if machine.main:
+            outside = f" | off simplex {cut:.1%}" if objective != "psd" else ""
+            print(f"step {step}/{max_iters} | loss {value:.4f}{outside} | lr {lr:.1e} | {progress.line(step)}", flush=True)
+
+common.finish(progress, step, max_iters, path, save, machine)

@@ -1,0 +1,215 @@
+"""Flow language models: the mathematics. Pure functions over tensors, nothing read or written.
+
+A text is the one-hot array x1 (L, V). Noise x0 ~ N(0, I) of the same shape is carried to it in a straight line,
+
+    x_t = (1 - t) x0 + t x1,        0 <= t <= 1,
+
+and a network learns the denoiser D_t(x)[l, v] = P(token l is v | x_t = x) with plain cross-entropy. To generate, follow
+the flow dx/dt = (D_t(x) - x) / (1 - t) from noise at t = 0 to a text at t = 1. Three things make this practical:
+
+- **the clock** (`Clock`): t is a bad measure of progress, since with a large vocabulary nothing can be decoded until
+  t is near 0.8 and then everything can. `tau` is the share of tokens that could be decoded; train and sample in tau;
+- **z instead of x** (`latent_noise`): the network reads x only through z = x E, so noise of the law of x0 E is drawn
+  directly, in d dimensions instead of V;
+- **the head in slices** (`by_tokens`): the only tensors with a vocabulary axis are a few tokens tall.
+
+Shapes: B sequences, L tokens, V vocabulary, d width. `model` is any callable (z, tau) -> hidden with a `head` that turns
+hidden (.., d) into logits (.., V) and an `embed.weight` E (V, d).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+SLICE = 2 ** 24  # logits held at once, about: 64 MiB in float32
+
+
+# ---------------------------------------------------------------- the clock
+
+class Clock:
+    """The change of time t <-> tau, tabulated once in float64 and interpolated on the device.
+
+    The chance that argmax x_t is the right token is P(r) = E_Z Phi(Z + r)^(V - 1) with Z ~ N(0, 1) and r = t / (1 - t):
+    the right coordinate must beat V - 1 others. Rescaled from [1/V, 1] to [0, 1] it is the clock,
+
+        tau(t) = (V P - 1) / (V - 1) = 1 - V / (V - 1) (1 - P).
+
+    That is what a reader of all V coordinates can decode. The network sees d of them, where an average token is
+    sqrt(d / V) times weaker; `embedding_share` > 0 mixes in a clock that ticks at r sqrt(d / V), as
+    (1 - share) tau(r) + share tau(r sqrt(d / V)). 0 is the published clock.
+
+    Raises ValueError for V < 2 and for a share outside [0, 1].
+    """
+
+    def __init__(self, V: int, d: int | None = None, embedding_share: float = 0.0, device: torch.device | str = "cpu"):
+        if V < 2 or not 0 <= embedding_share <= 1:
+            raise ValueError(f"a clock needs V >= 2 and a share in [0, 1], got V={V}, embedding_share={embedding_share}")
+        t = torch.linspace(0, 1, 8193, dtype=torch.float64)
+        tau, slope = clock_table(V, t)
+        if embedding_share and d is not None and d < V:
+            weak_tau, weak_slope = clock_table(V, t, math.sqrt(d / V))
+            tau, slope = torch.lerp(tau, weak_tau, embedding_share), torch.lerp(slope, weak_slope, embedding_share)
+        device = torch.device(device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.t, self.tau, self.slope = (table.to(device, dtype) for table in (t, tau, slope))
+
+    def tau_of_t(self, t: Tensor) -> Tensor:
+        """tau(t), any shape: float64 (float32 on mps), monotone, 0 at 0 and 1 at 1 exactly."""
+        return interpolate(t, self.t, self.tau)
+
+    def t_of_tau(self, tau: Tensor) -> Tensor:
+        """The inverse t(tau); tau = 1 gives 1, although the table reaches 1 to rounding before that."""
+        return interpolate(tau, self.tau, self.t)
+
+    def dtau_dt(self, t: Tensor) -> Tensor:
+        """The speed of the clock, d tau / d t, from its own integral rather than from differences of the table."""
+        return interpolate(t, self.t, self.slope)
+
+
+def clock_table(V: int, t: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """tau and d tau / d t at the sorted times t (T,) in float64, from 0 to 1, for r = scale t / (1 - t).
+
+    Substituting w = Z + r moves r into the Gaussian weight, 1 - P(r) = integral of phi(w - r) (1 - Phi(w)^(V-1)) dw, so
+    that the powers of Phi are computed once for all r. They are nearly steps, hence the thousands of nodes.
+    """
+    dw = 18 / 4000
+    w = torch.arange(-9, 27, dw, dtype=torch.float64)                           # (W,)
+    log_cdf = torch.special.log_ndtr(w)
+    wrong = -torch.expm1((V - 1) * log_cdf)                                     # 1 - Phi(w)^(V-1)
+    wrong_slope = (V - 1) * torch.exp((V - 2) * log_cdf - w ** 2 / 2) / math.sqrt(2 * math.pi)  # minus its derivative
+    columns = torch.stack([wrong, wrong_slope], dim=1) * (dw / math.sqrt(2 * math.pi))          # (W, 2)
+    left = (1 - t).clamp_min(1e-9)
+    r = (scale * t / left).clamp_max(18)                                        # no errors are left at r = 18
+    weights = lambda r: torch.exp(-(w - r[:, None]) ** 2 / 2)                   # (slice of T, W), 0.5 GB if all at once
+    error, slope = torch.cat([weights(part) @ columns for part in r.split(256)]).unbind(1)
+    tau = (1 - V / (V - 1) * error).clamp(0, 1).cummax(0).values                # cummax: rounding must not step back
+    tau[0], tau[-1] = 0, 1
+    return tau, V / (V - 1) * slope * scale / left ** 2
+
+
+def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Piecewise linear ys(x) for sorted xs; where xs is flat, the last of the ys. Result in the dtype of the table."""
+    x = x.to(xs.dtype)
+    i = torch.searchsorted(xs, x.contiguous(), right=True).clamp(1, len(xs) - 1)
+    width = xs[i] - xs[i - 1]
+    weight = torch.where(width > 0, (x - xs[i - 1]) / width, 1.0)
+    return torch.lerp(ys[i - 1], ys[i], weight.clamp(0, 1))
+
+
+def stratified(n: int, generator: torch.Generator) -> Tensor:
+    """n times uniform on [0, 1], one in each n-th of it, in random order: (n,), on the generator's device."""
+    strata = torch.randperm(n, generator=generator, device=generator.device)
+    return (strata + torch.rand(n, generator=generator, device=generator.device)) / n
+
+
+# ---------------------------------------------------------------- noise and corruption
+
+def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
+    """C (d, d) with C C^T = E^T E, or None where it is cheaper or only possible to draw noise in all V dimensions:
+    E^T E is singular for V <= d, and costs V d^2 however few `tokens` need noise.
+
+    Differentiable: with C the gradient for E is unbiased, and its variance about V / d times smaller than through
+    V-dimensional noise. Float32 or better even under autocast. Raises torch.linalg.LinAlgError when E has collapsed.
+    """
+    V, d = E.shape
+    if V <= d or tokens < d:
+        return None
+    with torch.autocast(E.device.type, enabled=False):
+        E = E if E.dtype == torch.float64 else E.float()
+        gram = E.T @ E
+        jitter = 1e-6 * gram.diagonal().mean().detach()
+        return torch.linalg.cholesky(gram + jitter * torch.eye(d, dtype=E.dtype, device=E.device))
+
+
+def latent_noise(E: Tensor, factor: Tensor | None, normal: Callable[[int], Tensor]) -> Tensor:
+    """Noise z0 (B, L, d) with the law of x0 E, x0 ~ N(0, I_V).
+
+    factor: what `noise_factor` returned. normal(n) draws (B, L, n) standard normals: the caller owns the randomness.
+    """
+    with torch.autocast(E.device.type, enabled=False):
+        if factor is not None:
+            return normal(factor.size(0)).to(factor.dtype) @ factor.T
+        step = max(E.size(1), 1024)  # a slice of the vocabulary at a time: x0 as a whole would be (B, L, V)
+        return sum(normal(len(part)).to(E.dtype) @ part for part in E.split(step))
+
+
+def per_sample(scalar: Tensor, z: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1) in the dtype of z."""
+    return scalar.to(z.dtype)[:, None, None]
+
+
+def corrupt(E: Tensor, y: Tensor, t: Tensor, z0: Tensor) -> Tensor:
+    """z_t = x_t E = (1 - t) z0 + t E[y]: (B, L, d) from tokens y (B, L), times t (B,), noise z0 (B, L, d)."""
+    return torch.lerp(z0, F.embedding(y, E), per_sample(t, z0))
+
+
+# ---------------------------------------------------------------- the head, a slice of tokens at a time
+
+def by_tokens(function: Callable[..., Tensor], head: Callable, *tensors: Tensor) -> Tensor:
+    """function(*tensors), computed on slices of the B L tokens so that logits never exist for all of them.
+
+    tensors: (B, L, ..) each; function sees (n, ..) slices and returns one (n, ..) tensor; result (B, L, ..). When
+    gradients are on, each slice's logits are recomputed in the backward pass instead of being kept. `head` is only
+    asked for its vocabulary size.
+    """
+    B, L = tensors[0].shape[:2]
+    flat = [tensor.flatten(0, 1) for tensor in tensors]                         # (B L, ..)
+    n = max(1, SLICE // head.out_features)
+    if B * L <= n:
+        result = function(*flat)
+    elif torch.is_grad_enabled():
+        result = torch.cat([checkpoint(function, *part, use_reentrant=False)
+                            for part in zip(*(tensor.split(n) for tensor in flat))])
+    else:
+        result = torch.cat([function(*part) for part in zip(*(tensor.split(n) for tensor in flat))])
+    return result.unflatten(0, (B, L))
+
+
+def cross_entropy(head: Callable, hidden: Tensor, y: Tensor) -> Tensor:
+    """-log D[y], nats, (B, L), from hidden (B, L, d) and tokens y (B, L)."""
+    return by_tokens(lambda hidden, y: F.cross_entropy(head(hidden), y, reduction="none"), head, hidden, y)
+
+
+def expected_embedding(head: Callable, hidden: Tensor, E: Tensor) -> Tensor:
+    """D E = sum_v D[v] E[v], the denoised state (B, L, d), from hidden (B, L, d)."""
+    return by_tokens(lambda hidden: head(hidden).softmax(-1).to(E.dtype) @ E, head, hidden).to(E.dtype)
+
+
+def most_likely(head: Callable, hidden: Tensor) -> Tensor:
+    """argmax_v D[v], tokens (B, L), from hidden (B, L, d)."""
+    return by_tokens(lambda hidden: head(hidden).argmax(-1), head, hidden)
+
+
+# ---------------------------------------------------------------- training and sampling
+
+def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, z0: Tensor) -> Tensor:
+    """Cross-entropy of the denoiser at clock times tau (B,), nats per token, (B, L). The loss of an FLM is its mean."""
+    z = corrupt(model.embed.weight, y, clock.t_of_tau(tau), z0)
+    return cross_entropy(model.head, model(z, tau), y)
+
+
+def step_size(s: Tensor, t: Tensor) -> Tensor:
+    """h = (t - s) / (1 - s): the share of the way from x_s to the denoised text. 1 at t = 1, 0 at t = s."""
+    return torch.where(t > s, (t - s) / (1 - s).clamp_min(1e-12), 0.0)
+
+
+def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """(1 - h) z + h target: one Euler step of the flow when target = D_s E, the exact jump X_{s,t} when target =
+    delta_{s,t} E. z, target (B, L, d), s and t (B,)."""
+    return torch.lerp(z, target, per_sample(step_size(s, t), z))
+
+
+@torch.no_grad()
+def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int) -> Tensor:
+    """Tokens (B, L) from noise z (B, L, d): Euler steps on a uniform grid of tau, the last one an argmax."""
+    tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
+    for here, there in zip(tau[:-1].split(1), tau[1:].split(1)):                # (1,) each
+        hidden = model(z, here.expand(len(z)))
+        if there < 1:
+            E = model.embed.weight
+            z = move(z, expected_embedding(model.head, hidden, E), clock.t_of_tau(here), clock.t_of_tau(there))
+    return most_likely(model.head, hidden)

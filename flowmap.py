@@ -1,0 +1,202 @@
+"""Flow map language models: the mathematics. A flow map jumps along the flow of flow.py in one network evaluation.
+
+The flow map X_{s,t} carries the state at time s to the state at time t. Write its jump as an Euler step that knows
+where to aim,
+
+    X_{s,t}(x) = (1 - h) x + h delta_{s,t}(x),        h = (t - s) / (1 - s).
+
+The two-time denoiser delta_{s,t} is a weighted average of the denoisers D met between s and t, hence a distribution
+over the vocabulary, hence again a softmax output. It is trained to agree with itself and with a flow language model:
+
+    diagonal      delta_{t,t} = D_t: a jump of no length is what the FLM (the teacher) already knows;
+    off-diagonal  delta_{s,t} = what makes X a flow map, in one of three ways that differ in what they differentiate:
+
+    semigroup   (PSD)  two jumps s -> u -> t land where one jump s -> t does. No derivative, the default;
+    Lagrangian  (LSD)  moving the end t, the landing point follows the flow;
+    Eulerian    (ESD)  moving the start s along the flow, the landing point stays.
+
+Every objective is a KL divergence to a target without gradient. `student` and `target` are callables
+(z, tau_s, tau_t) -> hidden with `head` and `embed.weight`; `teacher` is (z, tau) -> hidden with `head`. All share one
+frozen E, so they see the same noisy state.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flow import Clock, by_tokens, corrupt, cross_entropy, expected_embedding, most_likely, move
+
+Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a function of slices of those (B, L, ..) -> (n, V)
+
+
+# ---------------------------------------------------------------- times
+
+def off_diagonal_times(length: Tensor, place: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and end (tau_s, tau_t), (B,) each, of jumps on the clock: `length` and `place` are uniform on [0, 1], the
+    jump covers `length` of the clock and starts at `place` of what is left. Where `full` is true it is (0, 1)."""
+    tau_s = torch.where(full, 0.0, place * (1 - length))
+    return tau_s, torch.where(full, 1.0, (tau_s + length).clamp_max(1))
+
+
+def semigroup_weight(s: Tensor, u: Tensor, t: Tensor) -> Tensor:
+    """g = (1 - t)(u - s) / ((1 - u)(t - s)) in [0, 1] for s <= u <= t: what delta_{s,u} weighs in delta_{s,t}. 0 at
+    t = 1 unless u = 1 too, 1 at u = t."""
+    g = (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp_min(1e-30)
+    return torch.where(u < t, g, 1.0).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- the three objectives
+
+@torch.no_grad()
+def semigroup_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor
+                     ) -> Target:
+    """PSD: g delta_{s,u}(z) + (1 - g) delta_{u,t}(X_{s,u}(z)), with u halfway on the clock. Two forward passes."""
+    tau_u = (tau_s + tau_t) / 2
+    s, u, t = (clock.t_of_tau(tau) for tau in (tau_s, tau_u, tau_t))
+    first = target(z, tau_s, tau_u)                                             # (B, L, d)
+    z_u = move(z, expected_embedding(target.head, first, target.embed.weight), s, u)
+    second = target(z_u, tau_u, tau_t)
+
+    def average(first, second, g):
+        return g * target.head(first).softmax(-1) + (1 - g) * target.head(second).softmax(-1)
+    return average, (first, second, per_token(semigroup_weight(s, u, t), first))
+
+
+@torch.no_grad()
+def lagrangian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor
+                      ) -> Target:
+    """LSD: D_t(X_{s,t}(z)) - (1 - t)(t - s)/(1 - s) d delta_{s,t}(z) / dt."""
+    s, t = clock.t_of_tau(tau_s), clock.t_of_tau(tau_t)
+    hidden, tangent = torch.func.jvp(lambda tau_t: differentiable(target)(z, tau_s, tau_t, attention="math"),
+                                     (tau_t,), (clock.dtau_dt(t).to(tau_t.dtype),))
+    z_t = move(z, expected_embedding(target.head, hidden, target.embed.weight), s, t)
+    denoised = teacher(z_t, tau_t)
+    speed = -(1 - t) * (t - s) / (1 - s).clamp_min(1e-12)
+
+    def follow(denoised, hidden, tangent, speed):
+        return teacher.head(denoised).softmax(-1) + speed * softmax_tangent(target.head, hidden, tangent)
+    return follow, (denoised, hidden, tangent, per_token(speed, hidden))
+
+
+@torch.no_grad()
+def eulerian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor
+                    ) -> Target:
+    """ESD: D_s(z) + (t - s)/(1 - t) [(1 - s) d delta_{s,t}/ds + (D_s(z) E - z) . grad_z delta_{s,t}].
+
+    The factor diverges at t = 1, where the bracket vanishes. Past tau = 1 - 1e-4 all but one token in 10,000 is
+    decoded, so 1 - t is taken no smaller than it is there: the factor stays near 10 and the target finite.
+    """
+    s, t = clock.t_of_tau(tau_s), clock.t_of_tau(tau_t)
+    denoised = teacher(z, tau_s)
+    direction = expected_embedding(teacher.head, denoised, target.embed.weight) - z
+    clock_speed = ((1 - s) * clock.dtau_dt(s)).to(tau_s.dtype)
+    hidden, tangent = torch.func.jvp(lambda z, tau_s: differentiable(target)(z, tau_s, tau_t, attention="math"),
+                                     (z, tau_s), (direction, clock_speed))
+    last = clock.t_of_tau(torch.tensor(1 - 1e-4, dtype=torch.float64, device=z.device))
+    factor = (t - s) / (1 - torch.minimum(t, last))
+
+    def stay(denoised, hidden, tangent, factor):
+        return teacher.head(denoised).softmax(-1) + factor * softmax_tangent(target.head, hidden, tangent)
+    return stay, (denoised, hidden, tangent, per_token(factor, hidden))
+
+
+OBJECTIVES = {"psd": semigroup_target, "lsd": lagrangian_target, "esd": eulerian_target}
+
+
+def differentiable(model: Callable) -> Callable:
+    """The network without torch.compile, which forward-mode derivatives do not pass through."""
+    return getattr(model, "_orig_mod", model)
+
+
+def softmax_tangent(head: Callable, hidden: Tensor, tangent: Tensor) -> Tensor:
+    """The derivative (n, V) of softmax(head(hidden)) along tangent (n, d)."""
+    return torch.func.jvp(lambda hidden: head(hidden).softmax(-1), (hidden,), (tangent.to(hidden.dtype),))[1]
+
+
+def per_token(scalar: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, L, 1), in float32 or better: what by_tokens can slice."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return scalar.to(dtype)[:, None, None].expand(-1, like.size(1), -1)
+
+
+# ---------------------------------------------------------------- the loss
+
+def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """KL(target || softmax(head(hidden))), nats, (B, L), and how far each target had left the simplex, (B, L).
+
+    A target with a derivative in it can have negative entries. They are set to zero and the rest rescaled to sum to
+    one; the mass cut off is returned, for the training log to show, since a projected target is a biased one.
+    """
+    function, tensors = target
+
+    def divergence(hidden, *tensors):
+        with torch.no_grad():
+            raw = function(*tensors)                                            # (n, V), sums to one
+            cut = raw.clamp_max(0).sum(-1).neg()                                # (n,)
+            p = raw.clamp_min(0)
+            p = p / p.sum(-1, keepdim=True)
+        log_q = head(hidden).log_softmax(-1)
+        return torch.stack([(torch.special.xlogy(p, p) - p * log_q).sum(-1), cut], dim=-1)
+    return by_tokens(divergence, head, hidden, *tensors).unbind(-1)
+
+
+def distillation_loss(student: Callable, target: Callable, teacher: Callable | None, clock: Clock, objective: str,
+                      y: Tensor, tau_s: Tensor, tau_t: Tensor, z0: Tensor, n_diagonal: int) -> tuple[Tensor, Tensor]:
+    """The loss of an FMLM, nats per token, (B, L), and the mass cut from off-diagonal targets, (B - n_diagonal, L).
+
+    The first n_diagonal rows have tau_t = tau_s and learn the denoiser; the others learn jumps by `objective`, a key of
+    OBJECTIVES. Both go through the student in one pass. y (B, L) tokens, tau_s and tau_t (B,), z0 (B, L, d) noise.
+
+    target: the network that off-diagonal targets are computed with: the student itself, or its moving average.
+    teacher: the FLM; None for self-distillation, where the diagonal learns from the data, and the place of D_t is
+    taken by the target network's own diagonal.
+    """
+    n = n_diagonal
+    z = corrupt(student.embed.weight, y, clock.t_of_tau(tau_s), z0)
+    hidden = student(z, tau_s, tau_t)                                           # (B, L, d)
+    if teacher is None:
+        diagonal = cross_entropy(student.head, hidden[:n], y[:n])
+        teacher = OwnDiagonal(target)
+    else:
+        with torch.no_grad():
+            denoised = teacher(z[:n], tau_s[:n])
+        diagonal, _ = kl_to_target(student.head, hidden[:n], (lambda h: teacher.head(h).softmax(-1), (denoised,)))
+    off_diagonal, cut = kl_to_target(student.head, hidden[n:],
+                                     OBJECTIVES[objective](target, teacher, clock, z[n:], tau_s[n:], tau_t[n:]))
+    return torch.cat([diagonal, off_diagonal]), cut
+
+
+class OwnDiagonal:
+    """A flow map used as a denoiser: D_t(z) = delta_{t,t}(z)."""
+
+    def __init__(self, model: Callable):
+        self.model, self.head = model, model.head
+
+    def __call__(self, z: Tensor, tau: Tensor) -> Tensor:
+        return self.model(z, tau, tau)
+
+
+# ---------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def sample_flow_map(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
+                    noise: Callable[[], Tensor] | None = None) -> Tensor:
+    """Tokens (B, L) from noise z (B, L, d): `steps` jumps on a uniform grid of tau, the last one an argmax.
+
+    gamma in [0, 1] makes it stochastic: instead of landing at t, jump further, to t~ with 1 - t~ = (1 - t)
+    sqrt(1 - gamma^2), and add noise until the state is as noisy as at t again. noise() draws a fresh z0 (B, L, d).
+    """
+    tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
+    for here, there in zip(tau[:-1].split(1), tau[1:].split(1)):                # (1,) each
+        s, t = clock.t_of_tau(here), clock.t_of_tau(there)
+        beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)                        # t~
+        hidden = model(z, here.expand(len(z)), clock.tau_of_t(beyond).expand(len(z)))
+        if there < 1:
+            z = move(z, expected_embedding(model.head, hidden, model.embed.weight), s, beyond)
+            if gamma:
+                kept = t / beyond
+                fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
+                z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()
+    return most_likely(model.head, hidden)

@@ -1,0 +1,222 @@
+"""The network: a bidirectional transformer that reads a noisy embedded text and its time.
+
+It is a GPT without the causal mask and with two additions:
+
+- **time conditioning.** The position on the clock, `tau` in [0, 1], is turned into sinusoidal features, then into a
+  vector that shifts, scales and gates every block (adaptive layer norm, "adaLN"). A flow *map* has two times, where it
+  starts (`tau`) and where it lands (`tau_t`): a second time embedding is added to the first;
+- **it starts from `z`, not from token ids.** The state of the flow is one-hot noise `x` (B, L, V), but the network only
+  ever reads it through the embedding, `z = x E` (B, L, d). flow.py makes `z` without making `x`.
+
+`model(z, tau)` returns hidden states (B, L, d) and `model.head` turns hidden states into logits (.., V). They are two
+calls so that callers can apply the head to a few tokens at a time: at V = 50,257 the logits of a batch are by far the
+largest tensor there is.
+
+Two options are ours, not the paper's, and both are off in a network that mirrors a released checkpoint:
+`learned_positions` (rotary attention only sees differences of positions, and pure noise looks the same everywhere, so
+without them the network cannot know at tau = 0 where it is) and `time_scale` (unscaled, all phases of the sinusoids
+stay below one radian and the features hardly move between tau = 0 and 1).
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int
+    block_size: int                  # L, tokens in a sequence
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768                # d, width of the residual stream and of z
+    n_time: int = 128                # width of the time embedding
+    dropout: float = 0.1             # on the output of every attention and MLP branch
+    flow_map: bool = False           # two time embeddings instead of one
+    learned_positions: bool = True   # add a learned vector per absolute position to z
+    time_scale: float = 1000.0       # tau is multiplied by this before the sinusoids; 1 in the paper
+    attention_softcap: float = 0.0   # attention logits become c tanh(logit / c); 50 in the paper, 0 = off
+    logit_softcap: float = 0.0       # the same for the output logits; 30 in the paper, 0 = off
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "auto") -> Tensor:
+    """Attention over all positions; q, k, v and the result are (B, H, L, d_head).
+
+    path: "sdpa"  the fused kernel, which knows no soft cap;
+          "flex"  flex_attention, compiled: soft cap without an (L, L) matrix, CUDA only in practice;
+          "math"  plain matrix products: the reference, and the only one forward-mode derivatives pass through;
+          "auto"  sdpa without a cap; with one, flex on CUDA and math elsewhere.
+    Raises ValueError for sdpa with a cap and for an unknown path.
+    """
+    if path == "auto":
+        path = "sdpa" if not softcap else "flex" if q.is_cuda else "math"
+    if path == "sdpa" and not softcap:
+        return F.scaled_dot_product_attention(q, k, v)
+    if path == "flex":
+        return compiled_flex_attention()(q, k, v, score_mod=tanh_cap(softcap) if softcap else None)
+    if path == "math":
+        logits = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, L, L)
+        return cap(logits, softcap).softmax(-1).to(v.dtype) @ v
+    raise ValueError(f"attention path {path!r} cannot be used with softcap={softcap}")
+
+
+def cap(logits: Tensor, softcap: float) -> Tensor:
+    """c tanh(logits / c): the identity for small logits, never beyond +-c. softcap 0 leaves them as they are."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+@functools.cache
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention)  # uncompiled it would hold the (L, L) matrix it exists to avoid
+
+
+@functools.cache  # one function object per cap, or the compiler would see a new score_mod at every call
+def tanh_cap(softcap: float):
+    return lambda score, batch, head, i, j: softcap * torch.tanh(score / softcap)
+
+
+def rotary_table(L: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, d_head / 2) of the angles position * 10000^(-2i / d_head)."""
+    half = d_head // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=device) / half)
+    angles = torch.arange(L, device=device)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turn the pairs (x[i], x[i + d_head/2]) by position-dependent angles. x: (B, H, L, d_head)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """tau (B,) in [0, 1] -> 256 sinusoids, cosines first -> two-layer MLP -> (B, n_time)."""
+
+    def __init__(self, n_time: int, time_scale: float):
+        super().__init__()
+        self.time_scale = time_scale
+        self.fc1 = nn.Linear(256, n_time)
+        self.fc2 = nn.Linear(n_time, n_time)
+
+    def forward(self, tau: Tensor) -> Tensor:
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=tau.device) / 128)
+        phases = self.time_scale * tau.to(self.fc1.weight.dtype)[:, None] * frequencies  # (B, 128)
+        features = torch.cat((phases.cos(), phases.sin()), dim=-1)                       # (B, 256)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+class Norm(nn.Module):
+    """Layer norm with a learned weight and no bias, then the time's shift and scale: norm(x) (1 + scale) + shift."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], self.weight), 1 + scale)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.n_embd
+        self.n_head, self.dropout, self.softcap = config.n_head, config.dropout, config.attention_softcap
+        self.norm1 = Norm(d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.norm2 = Norm(d)
+        self.mlp_in = nn.Linear(d, 4 * d)
+        self.mlp_out = nn.Linear(4 * d, d)
+        self.modulation = nn.Linear(config.n_time, 6 * d)  # shift, scale, gate for attention, then for the MLP
+
+    def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, path: str) -> Tensor:
+        B, L, d = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time)[:, None].chunk(6, dim=-1)  # (B, 1, d)
+
+        qkv = self.qkv(self.norm1(x, shift1, scale1)).view(B, L, 3, self.n_head, d // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # (B, H, L, d_head)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        mixed = attend(q, k, v, self.softcap, path).transpose(1, 2).reshape(B, L, d)
+        x = x + gate1 * F.dropout(self.attn_out(mixed), self.dropout, self.training)
+
+        hidden = F.gelu(self.mlp_in(self.norm2(x, shift2, scale2)), approximate="tanh")  # (B, L, 4d)
+        return x + gate2 * F.dropout(self.mlp_out(hidden), self.dropout, self.training)
+
+
+class Head(nn.Linear):
+    """Hidden states (.., d) -> logits (.., V), in float32 even under autocast: log-softmax needs it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.n_embd, config.vocab_size)
+        self.softcap = config.logit_softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = super().forward(hidden)
+        return cap(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, self.softcap)
+
+
+class FlowTransformer(nn.Module):
+    """The denoiser D_t of a flow language model, or the two-time denoiser delta_{s,t} of a flow map (design of both:
+    flow.py, flowmap.py). `embed.weight` is the matrix E (V, d) of z = x E."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        d = config.n_embd
+        self.embed = nn.Embedding(config.vocab_size, d)
+        if config.learned_positions:
+            self.positions = nn.Parameter(torch.empty(config.block_size, d))
+        self.time_s = TimeEmbedding(config.n_time, config.time_scale)
+        if config.flow_map:
+            self.time_t = TimeEmbedding(config.n_time, config.time_scale)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_out = Norm(d)
+        self.modulation_out = nn.Linear(config.n_time, 2 * d)
+        self.head = Head(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """E starts so that x0 E, a sum of V terms, has unit variance; every modulation and the head start at zero, so
+        that each block begins as the identity and the model as a uniform guess; a flow map's second time embedding
+        starts as zero, so that it begins as the FLM whose weights it is given."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embed.weight, std=self.config.vocab_size ** -0.5)
+        if self.config.learned_positions:
+            nn.init.normal_(self.positions, std=0.1)
+        zero = [self.head, self.modulation_out] + [block.modulation for block in self.blocks]
+        for layer in zero + ([self.time_t.fc2] if self.config.flow_map else []):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, z: Tensor, tau: Tensor, tau_t: Tensor | None = None, attention: str = "auto") -> Tensor:
+        """Hidden states (B, L, d) for the state z (B, L, d) at clock time tau (B,); a flow map also needs the clock
+        time tau_t (B,) it jumps to. `attention` is a path of `attend`. Raises ValueError when the number of times does
+        not fit the network, or z is longer than the learned positions."""
+        if (tau_t is not None) != self.config.flow_map:
+            raise ValueError("a flow map takes tau and tau_t, a flow takes tau alone")
+        if self.config.learned_positions:
+            if z.size(1) > self.config.block_size:
+                raise ValueError(f"{z.size(1)} tokens, but the model has positions for {self.config.block_size}")
+            z = z + self.positions[:z.size(1)]
+        time = self.time_s(tau)
+        if tau_t is not None:
+            time = time + self.time_t(tau_t)
+        time = F.silu(time)                                                    # (B, n_time)
+        cos, sin = rotary_table(z.size(1), self.config.n_embd // self.config.n_head, z.device)
+        for block in self.blocks:
+            z = block(z, time, cos, sin, attention)
+        shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)     # (B, 1, d)
+        return self.norm_out(z, shift, scale)

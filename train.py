@@ -1,0 +1,173 @@
+"""Train a flow language model (FLM): noise in, text out, by a continuous flow over one-hot tokens.
+
+    python train.py                                                # the default set, on whatever this computer has
+    python train.py config/palindromes.py --max_iters=500          # a config file, then single settings
+    torchrun --nproc_per_node=8 train.py config/owt.py             # the published recipe
+
+Ends with out_dir/flm.pt, which distill.py turns into a flow map and sample.py turns into text. Ctrl-C writes a
+checkpoint too; continue with --init_from=resume.
+
+Notable: the loss is plain cross-entropy at a random time, but no noise of vocabulary width is ever drawn (flow.py); the
+validation loss is also shown by time, since a flow learns its late, easy times long before its early, hard ones.
+"""
+
+import copy
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+import common
+from flow import Clock, flow_loss, latent_noise, noise_factor, stratified
+from model import FlowTransformer, ModelConfig
+
+# -- input and output
+out_dir = "out/pydocs"           # flm.pt and flm.jsonl (the log) go here
+dataset = "pydocs"               # a folder of data/ that its prepare.py has filled
+init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly
+eval_interval = 250              # steps between validations; each also writes the checkpoint
+eval_iters = 8                   # validation batches
+log_interval = 25                # steps between progress lines
+wandb_project = ""               # log there too, if named
+# -- model
+n_layer = 4
+n_head = 4
+n_embd = 256                     # width d; z = x E has this many dimensions instead of V
+n_time = 128                     # width of the time embedding
+dropout = 0.1
+block_size = 64                  # L, tokens in a sequence
+learned_positions = True         # ours: pure noise carries no positions, rotary attention alone cannot tell them apart
+time_scale = 1000.0              # ours: spreads tau over the phases of its sinusoids; 1 in the paper
+attention_softcap = 0.0          # 50 in the paper; 0 = off
+logit_softcap = 0.0              # 30 in the paper; 0 = off
+clock_embedding_share = 0.0      # share of a clock that counts what the d-dimensional network sees; 0 = published
+# -- optimization
+batch_size = 64                  # sequences in a micro-step of one process
+gradient_accumulation_steps = 1  # micro-steps in a step, over all processes: a multiple of their number
+max_iters = 1500                 # optimizer steps
+learning_rate = 2e-3
+schedule = "cosine"              # or constant, as published
+min_lr = 1e-4                    # where the cosine ends
+warmup_iters = 100
+optimizer = "adamw"              # or muon, for the matrices inside the blocks
+beta1 = 0.9
+beta2 = 0.99
+weight_decay = 0.0
+grad_clip = 1.0                  # largest norm of the gradient
+ema_decay = 0.999                # moving average of the weights: what is validated, sampled and distilled
+# -- system
+device = "auto"                  # cuda, mps or cpu
+dtype = "auto"                   # bfloat16, float16 or float32: whichever matrix products are fast in
+compile = False                  # torch.compile: worth it on a GPU, needs a C++ compiler on a CPU
+seed = 1
+
+settings = common.configure(globals(), sys.argv[1:])
+globals().update(settings)
+
+# ---------------------------------------------------------------- set-up
+
+machine = common.Machine(device, dtype)
+path = Path(out_dir) / "flm.pt"
+data = common.Data(dataset, "train", block_size, seed)
+val_data = common.Data(dataset, "val", block_size, seed)
+local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
+sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
+
+torch.manual_seed(seed)  # every process starts from the same weights
+checkpoint = common.load_resumable(path, init_from, machine.device)
+if checkpoint:
+    common.require_same_vocabulary(checkpoint, data)
+    model = common.build_model(checkpoint, machine.device, "model")
+else:
+    shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
+    model = FlowTransformer(ModelConfig(vocab_size=data.meta["vocab_size"], **shape)).to(machine.device)
+ema = copy.deepcopy(model).eval()
+optimizers = common.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
+step, samples_seen = common.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+
+clock = Clock(model.config.vocab_size, n_embd, clock_embedding_share, machine.device)
+net = torch.compile(model) if compile else model  # same weights, faster
+log = common.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
+if machine.main:
+    common.announce("flow language model", model, machine, data, sequences * block_size, max_iters, path)
+
+
+def noise(E, factor, samples, purpose):
+    """z0 (B, L, d) for these sample numbers: the same whichever process draws it."""
+    return latent_noise(E, factor, common.sample_noise(common.mix(seed, purpose), samples, block_size, machine.device))
+
+
+@torch.no_grad()
+def validate() -> tuple[float, list[float]]:
+    """Mean cross-entropy (nats a token) of the moving average on held-out text, and its mean in tenths of tau. Not a
+    likelihood: its exponential is not a perplexity. The same texts, times and noise at every call."""
+    total = torch.zeros(2, 10, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
+                        device=machine.device)                                  # losses, counts
+    tau = stratified(eval_iters * batch_size, common.generator(seed, 2))
+    E = ema.embed.weight
+    factor = noise_factor(E, batch_size * block_size)
+    for i in range(machine.rank, eval_iters, machine.world):
+        y = machine.put(val_data.rows(i * batch_size, batch_size))              # (B, L)
+        times = machine.put(tau[i * batch_size:(i + 1) * batch_size].float())   # (B,)
+        z0 = noise(E, factor, range(i * batch_size, (i + 1) * batch_size), 3)
+        with machine.autocast():
+            loss = flow_loss(ema, clock, y, times, z0).mean(1)                  # (B,)
+        total.index_add_(1, (times * 10).long().clamp_max(9),
+                         torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
+    losses, counts = machine.total(total).cpu()
+    return (losses.sum() / counts.sum()).item(), (losses / counts.clamp_min(1)).tolist()
+
+
+def save() -> None:
+    if machine.main:
+        common.save_checkpoint(path, dict(kind="flm", **common.run_state(
+            model, ema, optimizers, machine, settings, data,
+            clock_embedding_share, step, samples_seen)))
+
+
+# ---------------------------------------------------------------- the loop
+
+progress = common.Progress(step, max_iters, sequences * block_size)
+while True:
+    lr = common.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
+    common.set_learning_rate(optimizers, lr)
+
+    if step % eval_interval == 0 or step == max_iters:
+        mean, bins = validate()
+        log.write(step, val_loss=mean, val_loss_by_tau=bins)
+        if machine.main:
+            print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: {' '.join(f'{x:.2f}' for x in bins)}")
+        if step > 0:
+            save()
+        progress.restart(step)
+    if step >= max_iters or progress.stopped:
+        break
+
+    # one random stream a step for the times, and one a step and process for dropout
+    tau = stratified(sequences, common.generator(seed, 4, step)).float().view(-1, batch_size)
+    torch.manual_seed(common.mix(seed, 5, step, machine.rank))
+    step_loss = torch.zeros((), device=machine.device)
+    model.train()
+    for i in range(local_steps):
+        j = i * machine.world + machine.rank                                    # this micro-step among all processes'
+        first = samples_seen + j * batch_size
+        y, times = machine.put(data.rows(first, batch_size)), machine.put(tau[j])
+        E = model.embed.weight
+        z0 = noise(E, noise_factor(E, batch_size * block_size), range(first, first + batch_size), 6)
+        with machine.autocast():
+            loss = flow_loss(net, clock, y, times, z0).mean()
+        machine.scaler.scale(loss / local_steps).backward()
+        step_loss += loss.detach() / local_steps
+    norm = common.optimizer_step(model, optimizers, machine, grad_clip)
+    common.update_ema(ema, model, ema_decay, step)
+    step, samples_seen = step + 1, samples_seen + sequences
+
+    if step % log_interval == 0:
+        value = machine.total(step_loss).item() / machine.world                 # the only wait for the device
+        common.require_finite(value, step, machine)
+        log.write(step, loss=value, lr=lr, grad_norm=norm.item())
+        if machine.main:
+            print(f"step {step}/{max_iters} | loss {value:.3f} | lr {lr:.1e} | {progress.line(step)}", flush=True)
+
+common.finish(progress, step, max_iters, path, save, machine)
