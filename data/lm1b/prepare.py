@@ -1,0 +1,40 @@
+"""One Billion Word benchmark (LM1B): shuffled news sentences, rows of 128 tokens.
+
+30 million sentences in GPT-2's byte pairs (V = 50,257), packed one after another;
+the test split, 300,000 more, is held out.  Source: statmt.org's benchmark as the
+data files of dvruette/lm1b on the Hugging Face hub (the benchmark's own repository
+there holds none); Chelba et al. 2013, arXiv 1312.3005, for research use.
+
+    python data/lm1b/prepare.py
+    python data/lm1b/prepare.py --num_proc 32
+    python data/lm1b/prepare.py --file mine.parquet     any sentences, column `text`
+
+With --file the last 5% of the sentences are held out, or --val_docs of them.
+An interrupted run leaves no half-written set; the next one goes on from the cache.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import corpus
+
+NAME = "dvruette/lm1b"
+
+
+def from_hub(val_docs: int | None) -> tuple:
+    """The hub's splits as (train, val); of val the last `val_docs` sentences (None: all)."""
+    train, val = corpus.load_hub(NAME, "train"), corpus.load_hub(NAME, "test")
+    if val_docs is not None:
+        val = val.select(range(max(0, len(val) - val_docs), len(val)))
+    return train, val
+
+
+def main() -> None:
+    """Prepare the set as the command line says."""
+    args = corpus.packed_parser(__doc__, Path(__file__).parent, block_size=128).parse_args()
+    corpus.prepare_packed(args, NAME, from_hub)
+
+
+if __name__ == "__main__":
+    corpus.run(main)

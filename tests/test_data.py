@@ -1,0 +1,499 @@
+"""python -m pytest tests/test_data.py -q
+
+The data folder: tokenizers, packing, what a prepared set holds, and what a user's
+mistakes say.  Offline; nothing is written outside pytest's temporary folder.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is first imported
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import corpus, tokenizer
+
+TEXT = "the cat sat on the mat; the cat's hat, naïve façade: 12 cats\n\n  and 345 hats.\n" * 3
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep the datasets cache inside the test's folder, here and in subprocesses."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+
+def script(name):
+    """data/<name>/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare(name, out_dir, *options, **environment):
+    """Run data/<name>/prepare.py from another folder, as a user would."""
+    return subprocess.run(
+        [sys.executable, ROOT / "data" / name / "prepare.py", "--out_dir", out_dir, *options],
+        cwd=out_dir.parent, env={**os.environ, **environment}, capture_output=True, text=True,
+    )
+
+
+def read_set(out_dir):
+    """(meta, encoding, train ids, val ids) of a prepared set."""
+    meta = json.loads((out_dir / "meta.json").read_text())
+    enc = tokenizer.load(out_dir / "tokenizer.json")
+    train, val = (np.fromfile(out_dir / f"{s}.bin", meta["dtype"]) for s in ("train", "val"))
+    assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
+    assert tokenizer.identity(tokenizer.to_dict(enc)) == meta["tokenizer"]
+    assert enc.n_vocab == meta["vocab_size"]
+    return meta, enc, train, val
+
+
+# Tokenizers
+
+
+def test_char_encoding_is_one_token_a_character():
+    text = "añ€😀\nz"
+    enc = tokenizer.char_encoding(text, "c")
+    ids = tokenizer.encode_text(enc, text)
+    assert [sorted(text)[i] for i in ids] == list(text)
+    assert enc.decode(ids.tolist()) == text and enc.n_vocab == 6
+
+
+def test_bpe_round_trip_through_a_file(tmp_path):
+    enc = tokenizer.train_bpe(TEXT, 60, "b")
+    tokenizer.save(enc, tmp_path / "t.json")
+    again = tokenizer.load(tmp_path / "t.json")
+    ids = tokenizer.encode_text(again, TEXT)
+    assert again.decode(ids.tolist()) == TEXT
+    assert ids.tolist() == enc.encode_ordinary(TEXT)
+    assert (enc.n_vocab, again.eot_token) == (60, 59)
+    assert [p.name for p in tmp_path.glob("t.json*")] == ["t.json"]
+
+
+def naive_bpe(text, vocab_size):
+    """Byte-pair ranks, all recounted at every step, with tiktoken itself as the merger."""
+    ranks = {bytes([b]): i for i, b in enumerate(sorted(set(text.encode())))}
+    while len(ranks) < vocab_size:
+        enc = tiktoken.Encoding("n", pat_str=tokenizer.WORD, mergeable_ranks=ranks, special_tokens={})
+        pairs = Counter()
+        for word in regex.findall(tokenizer.WORD, text):
+            spelt = enc.decode_tokens_bytes(enc.encode_ordinary(word))
+            pairs.update(left + right for left, right in zip(spelt, spelt[1:]))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        ranks = {**ranks, best: len(ranks)}
+    return ranks
+
+
+@pytest.mark.parametrize("text", [TEXT, "aaaa aaab abab baab bbbb aabba " * 2, (ROOT / "data/corpus.py").read_text()[:3000]])
+def test_bpe_learns_what_a_naive_trainer_learns(text):
+    n = len(set(text.encode())) + 12
+    assert tokenizer.train_bpe(text, n, "b", special=())._mergeable_ranks == naive_bpe(text, n)
+
+
+def test_bpe_refuses_sizes_it_cannot_reach():
+    with pytest.raises(ValueError, match="vocab_size 3: 2 bytes and 2 special tokens needed"):
+        tokenizer.train_bpe("ab", 3, "b", special=("<a>", "<b>"))
+    with pytest.raises(ValueError, match="vocab_size 9: the text only yields 3 tokens"):
+        tokenizer.train_bpe("ab", 9, "b", special=())
+
+
+def test_text_outside_the_vocabulary_is_named():
+    for enc in (tokenizer.char_encoding("abé", "v"), tokenizer.train_bpe("abé", 4, "v", special=())):
+        assert len(tokenizer.encode_text(enc, "éab")) >= 3
+        with pytest.raises(ValueError) as error:
+            tokenizer.encode_text(enc, "aè")  # shares its first byte with é
+        assert str(error.value) == "vocabulary 'v' has no token for 'è' (U+00E8)"
+
+
+def test_identity_is_of_the_map_and_not_of_the_name():
+    d = tokenizer.to_dict(tokenizer.train_bpe(TEXT, 60, "one"))
+    same = tokenizer.identity({**d, "name": "two"})
+    others = [
+        tokenizer.identity({**d, "tokens": [*d["tokens"][1:], d["tokens"][0]]}),
+        tokenizer.identity({**d, "pat_str": tokenizer.CHARACTER}),
+        tokenizer.identity({**d, "special_tokens": {"<eos>": 59}}),
+    ]
+    assert same == tokenizer.identity(d) and len(same) == 12
+    assert len({same, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tokens": ["YQ==", "YQ=="]}, "tokenizer: 'tokens' must be distinct and not empty"),
+        ({"tokens": []}, "tokenizer: 'tokens' must be distinct and not empty"),
+        ({"tokens": ["?"]}, "tokenizer: malformed "),
+        ({"tokens": 3}, "tokenizer: malformed "),
+        ({"name": None}, "tokenizer: 'name' and 'pat_str' must be strings"),
+        ({"special_tokens": {"<e>": 7}}, "tokenizer: special tokens must have the ids from 2 on"),
+    ],
+)
+def test_malformed_tokenizers_are_value_errors(change, message):
+    d = {"name": "n", "pat_str": ".", "tokens": ["YQ==", "Yg=="], "special_tokens": {}}
+    assert tokenizer.from_dict(d).decode([0, 1]) == "ab"
+    with pytest.raises(ValueError) as error:
+        tokenizer.from_dict({**d, **change})
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_missing_entry_and_broken_file(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer: no entry 'name'"):
+        tokenizer.from_dict({})
+    (tmp_path / "t.json").write_text("{")
+    with pytest.raises(ValueError, match="t.json: "):
+        tokenizer.load(tmp_path / "t.json")
+
+
+# Packing and writing
+
+
+@pytest.mark.parametrize("cuts", [[], [3], [1, 2, 7], range(1, 9)])
+def test_pack_against_rows_written_by_hand(cuts):
+    # Documents 1 2 3, 4 5, 6 with EOS = 0 after each; rows of 5 hold 3 of the stream.
+    stream = np.array([1, 2, 3, 0, 4, 5, 0, 6, 0, 7])
+    rows = np.concatenate(list(corpus.pack(np.split(stream, list(cuts)), 0, 5)))
+    assert rows.tolist() == [[0, 1, 2, 3, 0], [0, 0, 4, 5, 0], [0, 0, 6, 0, 0]]  # 7 is the dropped tail
+
+
+def test_pack_refuses_rows_without_room():
+    with pytest.raises(ValueError, match="row_length 2"):
+        list(corpus.pack([np.array([1])], 0, 2))
+
+
+def test_smallest_dtype():
+    assert corpus.dtype_for(65536) == np.uint16 and corpus.dtype_for(65537) == np.uint32
+
+
+ABC = tokenizer.char_encoding("abc", "abc")
+
+
+def test_write_bins(tmp_path):
+    corpus.write_bins(tmp_path / "a" / "b", ABC, [np.array([0, 1]), np.array([[2, 2]])], [np.array([1, 0])], 2)
+    meta, _, train, val = read_set(tmp_path / "a" / "b")
+    assert train.tolist() == [0, 1, 2, 2] and val.tolist() == [1, 0]
+    assert (meta["dtype"], meta["row_length"]) == ("uint16", 2)
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "meta.json", "tokenizer.json", "train.bin", "val.bin"
+    ]
+
+
+def test_an_interrupt_while_writing_leaves_the_old_set(tmp_path):
+    corpus.write_bins(tmp_path, ABC, [np.array([0])], [np.array([1])], None)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def interrupted():
+        yield np.array([2, 2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus.write_bins(tmp_path, ABC, [np.array([2])], interrupted(), None)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("victim", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
+def test_an_interrupt_while_renaming_leaves_no_meta(tmp_path, monkeypatch, victim):
+    corpus.write_bins(tmp_path, ABC, [np.array([0])], [np.array([1])], None, {"n": 1})
+    assert corpus.is_ready(tmp_path, {"n": 1}, force=False)
+    replace = os.replace
+
+    def stop_at_victim(source, target):
+        if Path(target).name == victim:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at_victim)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.write_bins(tmp_path, ABC, [np.array([2])], [np.array([2])], None, {"n": 1})
+    assert not (tmp_path / "meta.json").exists()
+    assert not corpus.is_ready(tmp_path, {"n": 1}, force=False)
+
+
+def test_ready_only_with_the_same_settings_and_whole_files(tmp_path):
+    corpus.write_bins(tmp_path, ABC, [np.array([0, 1])], [np.array([1])], None, {"n": 1})
+    assert corpus.is_ready(tmp_path, {"n": 1}, force=False)
+    assert not corpus.is_ready(tmp_path, {"n": 1}, force=True)
+    assert not corpus.is_ready(tmp_path, {"n": 2}, force=False)
+    (tmp_path / "train.bin").write_bytes(b"\0\0")
+    assert not corpus.is_ready(tmp_path, {"n": 1}, force=False)
+
+
+def test_write_bins_refuses_what_a_model_could_not_read(tmp_path):
+    good = [np.array([1, 2])]
+    with pytest.raises(ValueError, match="outside the vocabulary of 3"):
+        corpus.write_bins(tmp_path, ABC, [np.array([3])], good, None)
+    with pytest.raises(ValueError, match="val: 3 tokens are no rows of 2"):
+        corpus.write_bins(tmp_path, ABC, good, [np.array([0, 1, 2])], 2)
+    with pytest.raises(SystemExit) as error:
+        corpus.write_bins(tmp_path, ABC, good, [], 2)
+    assert error.value.code == "error: too little text for the val split (not one row of 2 tokens)"
+    assert list(tmp_path.glob("*.bin*")) == []
+
+
+# The sets made here
+
+
+def test_palindromes(tmp_path):
+    assert script("palindromes").rows(np.array([0, 26**3 + 2]))[1].tolist() == [1, 0, 0, 2, 2, 0, 0, 1]
+    done = prepare("palindromes", tmp_path / "p")
+    assert (done.returncode, done.stderr) == (0, "")
+    meta, enc, train, val = read_set(tmp_path / "p")
+    assert (meta["vocab_size"], meta["row_length"]) == (26, 8)
+    train, val = train.reshape(-1, 8), val.reshape(-1, 8)
+    assert (len(train), len(val)) == (200_000, 10_000)
+    for rows in (train, val):
+        assert (rows == rows[:, ::-1]).all()
+        # Uniform letters: each place's mean within six standard errors of 12.5.
+        assert (abs(rows.mean(0) - 12.5) < 6 * 7.5 / len(rows) ** 0.5).all()
+    seen = {row.tobytes() for row in train}
+    assert len({row.tobytes() for row in val} - seen) == 10_000
+    word = enc.decode(train[0].tolist())
+    assert word == word[::-1] and word.isalpha() and len(word) == 8
+
+
+def test_sums_and_a_second_run(tmp_path):
+    assert prepare("sums", tmp_path / "s").returncode == 0
+    meta, enc, train, val = read_set(tmp_path / "s")
+    assert (meta["vocab_size"], meta["row_length"]) == (12, 9)
+    rows = [enc.decode(row.tolist()) for row in np.concatenate([train, val]).reshape(-1, 9)]
+    assert (len(train) // 9, len(val) // 9, len(set(rows))) == (9_000, 1_000, 10_000)
+    for row in rows:
+        a, b, c = regex.fullmatch(r"(\d\d)\+(\d\d)=(\d{3})", row).groups()
+        assert int(a) + int(b) == int(c)
+
+    written = (tmp_path / "s" / "train.bin").stat().st_mtime_ns
+    again = prepare("sums", tmp_path / "s")
+    assert again.returncode == 0 and "already there" in again.stdout
+    assert (tmp_path / "s" / "train.bin").stat().st_mtime_ns == written
+    assert "already there" not in prepare("sums", tmp_path / "s", "--force").stdout
+
+
+def test_pydocs_keeps_prose(tmp_path):
+    pydocs = script("pydocs")
+    prose = "This paragraph is written in plain English words and it is long enough."
+    (tmp_path / "b.py").write_text(f'"""{prose}\n\nShort.\n"""\ndef f():\n    """{prose}\n\n    Twice\n    {prose}"""\n')
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "c.py").write_text(f'"""Not from tests, not even if {prose}"""\n')
+    assert pydocs.paragraphs(pydocs.docstrings(tmp_path)) == [prose, f"Twice {prose}"]
+    assert pydocs.is_prose("A" + "b" * 60) and not pydocs.is_prose("A" + "b" * 59)
+    assert not pydocs.is_prose(prose.lower())
+    assert not pydocs.is_prose(prose + " é")
+    assert not pydocs.is_prose("Ab" * 45 + "." * 10) and pydocs.is_prose("Ab" * 45 + "." * 9)
+    train, val = pydocs.split([f"line {i}" for i in range(40)], seed=1)
+    assert (train.count("\n"), val.count("\n")) == (38, 2)
+    assert sorted((train + val).splitlines()) == sorted(f"line {i}" for i in range(40))
+
+
+def test_pydocs_whole(tmp_path):
+    done = prepare("pydocs", tmp_path / "d", "--tokenizer", "char")
+    assert (done.returncode, done.stderr) == (0, "")
+    meta, enc, train, val = read_set(tmp_path / "d")
+    lines = [enc.decode(part.tolist()).splitlines() for part in (train, val)]
+    assert meta["row_length"] is None and len(train) + len(val) > 500_000
+    assert all(map(script("pydocs").is_prose, lines[0] + lines[1]))
+    assert len(set(lines[0] + lines[1])) == len(lines[0]) + len(lines[1])
+    assert len(lines[1]) == (len(lines[0]) + len(lines[1])) // 20
+
+
+def test_pydocs_learns_from_the_training_part_alone(tmp_path, monkeypatch):
+    pydocs = script("pydocs")
+    monkeypatch.setattr(pydocs, "topics", lambda: [])
+    monkeypatch.setattr(pydocs, "docstrings", lambda folder: [])
+    monkeypatch.setattr(pydocs, "split", lambda lines, seed: ("abab\n" * 9, "baba\n" * 99))
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--vocab_size", "4", "--out_dir", str(tmp_path / "d")])
+    pydocs.main()
+    enc = read_set(tmp_path / "d")[1]
+    assert [enc.decode([i]) for i in range(4)] == ["\n", "a", "b", "ab"]  # of both parts: "ba"
+
+    monkeypatch.setattr(pydocs, "split", lambda lines, seed: ("abab\n" * 9, "abc\n"))
+    sys.argv.append("--force")
+    with pytest.raises(SystemExit) as error:
+        pydocs.main()
+    assert error.value.code == "error: vocabulary 'pydocs_bpe' has no token for 'c' (U+0063)"
+
+
+def test_pydocs_without_the_documentation_is_one_line(tmp_path):
+    (tmp_path / "pydoc_data").mkdir()  # hides Python's own, as some systems leave it out
+    (tmp_path / "pydoc_data" / "__init__.py").write_text("")
+    done = prepare("pydocs", tmp_path / "d", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: this Python came without its documentation (pydoc_data)")
+
+
+def test_shakespeare_from_a_file(tmp_path):
+    (tmp_path / "in.txt").write_text("To be,\nor not.\n" * 10)
+    done = prepare("shakespeare_char", tmp_path / "s", "--file", tmp_path / "in.txt")
+    assert (done.returncode, done.stderr) == (0, "")
+    _, enc, train, val = read_set(tmp_path / "s")
+    assert (len(train), len(val)) == (135, 15)
+    assert enc.decode([*train.tolist(), *val.tolist()]) == "To be,\nor not.\n" * 10
+
+
+def test_shakespeare_without_a_network(monkeypatch):
+    def no_network(url, timeout):
+        raise OSError("no route")
+
+    shakespeare = script("shakespeare_char")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(SystemExit) as error:
+        shakespeare.download("http://x/y")
+    assert error.value.code == "error: cannot download http://x/y (no route); give a local copy with --file"
+
+
+# The packed sets
+
+
+def write_documents(folder, name, texts):
+    """A file of documents in the format its suffix says."""
+    import datasets
+
+    path, table = folder / name, datasets.Dataset.from_dict({"text": texts})
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        path.write_text("".join(text + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.jsonl", "d.json", "d.txt"])
+def test_packed_pipeline(tmp_path, name):
+    texts = ["the cat", "", "sat on", "  ", "the mat", "the hat"]
+    enc = tokenizer.train_bpe(" ".join(texts), 14, "tiny")
+    train, val = corpus.hold_out(corpus.read_documents(write_documents(tmp_path, name, texts)), 2)
+    corpus.write_packed(tmp_path / "out", enc, train, val, block_size=4, num_proc=1)
+    meta, enc, train_ids, val_ids = read_set(tmp_path / "out")
+    assert meta["row_length"] == 4
+    for ids, kept in ((train_ids, ["the cat", "sat on"]), (val_ids, ["the mat", "the hat"])):
+        rows = ids.reshape(-1, 4)
+        stream = [i for text in kept for i in [*enc.encode_ordinary(text), enc.eot_token]]
+        assert (rows[:, [0, -1]] == enc.eot_token).all()
+        assert rows[:, 1:-1].reshape(-1).tolist() == stream[: len(stream) // 2 * 2]
+
+
+def test_hold_out_takes_the_last(tmp_path):
+    documents = corpus.read_documents(write_documents(tmp_path, "d.txt", [str(i) for i in range(50)]))
+    train, val = corpus.hold_out(documents, None)
+    assert train["text"][:] == [str(i) for i in range(48)] and val["text"][:] == ["48", "49"]
+    with pytest.raises(SystemExit) as error:
+        corpus.hold_out(documents, 50)
+    assert error.value.code == "error: cannot hold out 50 of 50 documents (--val_docs)"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("gone.txt", None, "no such file"),
+        ("a.csv", b"text\n", "unknown kind of file, want one of .parquet .jsonl .json .txt"),
+        ("a.txt", b"", "empty file"),
+        ("a.txt", b"caf\xe9\n", "not UTF-8 text"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8 text"),
+        ("a.jsonl", b'{"body": "x"}\n', "no column 'text' among body"),
+        ("a.jsonl", b'{"text": 1}\n', "the column 'text' holds int64, not strings"),
+        ("a.jsonl", b"{oops\n", "cannot be read (JSON parse error"),
+        ("a.parquet", b"oops", "cannot be read (Parquet file size is 4 bytes"),
+    ],
+)
+def test_bad_files_end_in_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as error:
+        corpus.read_documents(tmp_path / name)
+    assert error.value.code.startswith(f"error: {tmp_path / name}: {message}")
+    assert "\n" not in error.value.code
+
+
+@pytest.mark.parametrize("name, hub", [("owt", "Skylion007/openwebtext"), ("lm1b", "dvruette/lm1b")])
+def test_no_hub_is_one_line(tmp_path, name, hub):
+    done = prepare(name, tmp_path / "out")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: Couldn't reach '{hub}' on the Hub")
+    assert done.stderr.endswith("; without a network, give a local copy with --file\n")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_hub_refusals_are_one_line(monkeypatch):
+    import datasets
+
+    for error in (
+        datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."),
+        RuntimeError("Dataset scripts are no longer supported, but found b.py"),
+    ):
+        def refuse(*args, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        with pytest.raises(SystemExit) as end:
+            corpus.load_hub("a/b", "train")
+        assert end.value.code == f"error: a/b: {error}; a local copy goes with --file"
+
+
+def test_no_vocabulary_download_is_one_line(monkeypatch):
+    def no_network(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(SystemExit) as error:
+        corpus.gpt2_encoding()
+    assert error.value.code.startswith("error: cannot download GPT-2's vocabulary (ConnectionError)")
+    assert "TIKTOKEN_CACHE_DIR" in error.value.code
+
+
+@pytest.mark.parametrize("cleanup", [None, RuntimeError("pool")])
+def test_ctrl_c_is_one_line(capsys, cleanup):
+    def main():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            if cleanup:
+                raise cleanup  # as `Dataset.map` does while it closes its processes
+
+    with pytest.raises(SystemExit) as error:
+        corpus.run(main)
+    assert error.value.code == 130
+    assert capsys.readouterr().err == "interrupted; the same command starts again\n"
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        corpus.run(lambda: 1 / 0)
+
+
+def test_gpt2_stand_ins(tmp_path):
+    shared = Path(__file__).resolve().parents[2] / "shared"
+    if not shared.is_dir():
+        pytest.skip(f"no stand-ins for the hub's sets at {shared}")
+    out = tmp_path / "lm1b"
+    done = prepare(
+        "lm1b", out, "--file", shared / "data" / "sentences.parquet", "--num_proc", "1",
+        TIKTOKEN_CACHE_DIR=str(shared / "tiktoken_cache"),
+    )
+    assert done.returncode == 0, done.stderr
+    meta, enc, train, val = read_set(out)
+    assert (meta["vocab_size"], meta["dtype"], meta["row_length"]) == (50257, "uint16", 128)
+    rows = np.concatenate([train, val]).reshape(-1, 128)
+    assert (rows[:, [0, -1]] == 50256).all() and (rows[:, 1:-1] != 50256).any(axis=1).all()
+    import datasets
+
+    documents = datasets.load_dataset(
+        "parquet", data_files=str(shared / "data" / "sentences.parquet"), split="train[:50]"
+    )
+    stream = [i for text in documents["text"] for i in [*enc.encode_ordinary(text), 50256]]
+    assert train.reshape(-1, 128)[:5, 1:-1].reshape(-1).tolist() == stream[: 5 * 126]
