@@ -1,0 +1,37 @@
+"""OpenWebText, the published recipe: the small network (170 M parameters) on 8 GPUs of 80 GB.
+
+    python data/owt/prepare.py
+    torchrun --nproc_per_node=8 train.py config/owt.py
+
+512 sequences a step = 8 processes x 64 sequences x 1 micro-step, 524,288 tokens. Memory by arithmetic, not measured:
+weights, gradients, AdamW's two moments and the moving average take 170 M x 4 bytes x 5 = 3.4 GB; activations about
+40 d bytes a token and layer in bfloat16, 40 x 768 x 12 x 65,536 tokens = 24 GB; logits 64 MB a slice. On fewer or
+smaller GPUs lower batch_size and raise gradient_accumulation_steps: their product, 512, is what the recipe fixes.
+"""
+
+out_dir = "out/owt"
+dataset = "owt"
+eval_interval = 5000
+eval_iters = 64
+log_interval = 100
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_time = 128
+dropout = 0.1
+block_size = 1024
+learned_positions = False        # as published; see the comment in train.py before you copy it
+time_scale = 1.0
+attention_softcap = 50.0
+logit_softcap = 30.0
+
+batch_size = 64
+gradient_accumulation_steps = 8
+max_iters = 1_000_000            # 1 to 1.5 million published
+learning_rate = 3e-4
+schedule = "constant"
+warmup_iters = 2500
+beta2 = 0.999
+ema_decay = 0.9999
+compile = True

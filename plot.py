@@ -1,0 +1,54 @@
+"""Draw the validation losses of a run, from the logs that train.py and distill.py leave beside their checkpoints.
+
+    python plot.py --out_dir=out/pydocs           # writes out/pydocs/loss.png
+
+Left, the flow: cross-entropy in tenths of tau, late times (easy, nearly clean text) below early ones. Right, the flow
+map: the loss of jumps in tenths of their length, and of the diagonal.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import common
+
+out_dir = "out/pydocs"           # where flm.jsonl and fmlm.jsonl are; loss.png goes there too
+
+settings = common.configure(globals(), sys.argv[1:])
+globals().update(settings)
+
+try:
+    import matplotlib
+except ImportError:
+    common.fail("the figure needs matplotlib; run: pip install matplotlib")
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+
+def curves(name: str, bins: str) -> tuple[list[int], list[dict]]:
+    """Steps and validation records of a log, or none when it does not exist."""
+    path = Path(out_dir) / name
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [line for line in lines if bins in line]
+    return [line["step"] for line in kept], kept
+
+
+figure, panels = plt.subplots(1, 2, figsize=(12, 4.5))
+panel_of = [("flm.jsonl", "val_loss_by_tau", "tau", "Flow: cross-entropy"),
+            ("fmlm.jsonl", "val_loss_by_length", "jump", "Flow map: loss of jumps by length")]
+found = 0
+for panel, (name, bins, label, title) in zip(panels, panel_of):
+    steps, records = curves(name, bins)
+    found += len(steps)
+    for i in range(10):
+        panel.plot(steps, [record[bins][i] for record in records], color=plt.cm.viridis(i / 10),
+                   label=f"{label} {i / 10:.1f} to {(i + 1) / 10:.1f}")
+    if name == "fmlm.jsonl":
+        panel.plot(steps, [record["val_diagonal"] for record in records], "k--", label="diagonal")
+    panel.set(title=title, xlabel="step", ylabel="nats per token, held-out text", ylim=(0, None))
+    panel.legend(fontsize=7, ncols=2)
+if not found:
+    common.fail(f"no log in {out_dir}; train.py writes one")
+figure.tight_layout()
+figure.savefig(Path(out_dir) / "loss.png", dpi=120)
+print(f"wrote {Path(out_dir) / 'loss.png'}")
