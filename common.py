@@ -429,7 +429,7 @@ class Log:
         if self.path:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text().splitlines() if step and path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run writes the others again
+            kept = [line for line in lines if json.loads(line)["step"] <= step]  # a resumed run writes the others again
             path.write_text("".join(line + "\n" for line in kept))
             if wandb_project:
                 try:

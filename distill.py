@@ -149,12 +149,13 @@ def save() -> None:
 
 # ---------------------------------------------------------------- the loop
 
+resumed_at = step if checkpoint else None  # that step's validation is in the log already
 progress = common.Progress(step, max_iters, sequences * block_size)
 while True:
     lr = common.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
     common.set_learning_rate(optimizers, lr)
 
-    if step % eval_interval == 0 or step == max_iters:
+    if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
         mean, bins = validate()
         log.write(step, val_loss=mean, val_diagonal=bins[0], val_loss_by_length=bins[1:])
         if machine.main:
