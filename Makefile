@@ -5,19 +5,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+OUT ?= out/pydocs
 ARGS ?=
 
 .PHONY: demo test clean
 
-demo: $(VENV)/ready
-	@date +%s > $(VENV)/start
+demo:
+	@date +%s > .demo_start
+	@$(MAKE) --no-print-directory $(VENV)/ready
 	$(RUN) data/pydocs/prepare.py
-	$(RUN) train.py config/pydocs.py $(ARGS)
-	$(RUN) distill.py config/distill_pydocs.py $(ARGS)
-	$(RUN) plot.py
-	$(RUN) sample.py --num_samples=3 --model=fmlm --steps=1,2,4,8
-	$(RUN) sample.py --num_samples=3 --model=flm --steps=64
-	@echo "demo took $$(( $$(date +%s) - $$(cat $(VENV)/start) )) s after the installation; curves: out/pydocs/loss.png"
+	$(RUN) train.py config/pydocs.py --out_dir=$(OUT) $(ARGS)
+	$(RUN) distill.py config/distill_pydocs.py --out_dir=$(OUT) $(ARGS)
+	$(RUN) plot.py --out_dir=$(OUT)
+	$(RUN) sample.py --out_dir=$(OUT) --steps=1,2,4,8 --flow_steps=64
+	@echo; echo "demo: $$(( $$(date +%s) - $$(cat .demo_start) )) s from nothing to text; loss curves in $(OUT)/loss.png"
+	@rm .demo_start
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -q -rs --durations=5

@@ -46,8 +46,8 @@ def configure(script: dict, argv: list[str]) -> dict:
     settings = {key: value for key, value in script.items()
                 if key.islower() and not key.startswith("_") and type(value) in (bool, int, float, str)}
     if "--help" in argv or "-h" in argv:
-        print(script["__doc__"], *re.findall(r"^[a-z]\w* = .*|^# --.*", Path(script["__file__"]).read_text(), re.M),
-              sep="\n")
+        source = Path(script["__file__"]).read_text().split("settings = ")[0]
+        print(script["__doc__"], *re.findall(r"^[a-z]\w* = .*|^# --.*", source, re.M), sep="\n")
         sys.exit()
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
@@ -94,6 +94,17 @@ def checked(settings: dict, key: str, value: object, where: str) -> object:
     return value
 
 
+def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        fail(f"{key}={value}: choose {', '.join(choices)}")
+
+
+def require_positive(settings: dict, *keys: str) -> None:
+    for key in keys:
+        if settings[key] <= 0:
+            fail(f"{key}={settings[key]}: must be positive")
+
+
 def parse_steps(text: str) -> list[int]:
     """"1,2,4" -> [1, 2, 4]; exits unless all are positive integers."""
     try:
@@ -124,18 +135,18 @@ class Machine:
             fail(f"device={device}, but this PyTorch sees no CUDA device; use --device=cpu")
         if device == "cuda" and self.world > 1:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            fail(f"device={device}: {str(error).splitlines()[0][:100]}")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if dtype == "auto":
-            dtype = fast_dtype(self.device.type)
-        if dtype not in ("bfloat16", "float16", "float32"):
-            fail(f"dtype={dtype}: choose auto, bfloat16, float16 or float32")
-        self.dtype = dtype
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "float16")
+        require_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+        self.dtype = fast_dtype(self.device.type) if dtype == "auto" else dtype
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
 
     def autocast(self):
         return torch.autocast(self.device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32")
@@ -190,8 +201,9 @@ def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Genera
     return torch.Generator(device).manual_seed(mix(*numbers))
 
 
-def sample_noise(seed: int, samples: Iterable[int], L: int, device: torch.device) -> Callable[[int], Tensor]:
-    """normal(n) -> (B, L, n) standard normals, row i drawn by a generator that depends on samples[i] and seed alone."""
+def sample_normals(seed: int, samples: Iterable[int], L: int, device: torch.device) -> Callable[[int], Tensor]:
+    """normal(n) -> (B, L, n) standard normals, row i drawn by a generator that depends on samples[i] and seed alone:
+    the same whichever process draws it, and whatever the batch. For flow.latent_noise."""
     generators = [generator(seed, sample, device=device) for sample in samples]
     return lambda n: torch.stack([torch.randn(L, n, generator=g, device=device) for g in generators])
 
@@ -245,8 +257,6 @@ class Data:
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, betas: tuple[float, float],
                     weight_decay: float) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
-    if optimizer not in ("adamw", "muon"):
-        fail(f"optimizer={optimizer}: choose adamw or muon")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in named if p.ndim == 2 and re.search(r"(qkv|attn_out|mlp_in|mlp_out)\.weight", name)]
     muon = {id(p) for p in hidden} if optimizer == "muon" else set()
@@ -279,13 +289,11 @@ def optimizer_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], ma
 
 
 def learning_rate_at(step: int, peak: float, final: float, schedule: str, warmup_iters: int, max_iters: int) -> float:
-    """Linear warm-up to `peak`, then constant, or a cosine down to `final` at max_iters."""
+    """Linear warm-up to `peak`, then "constant", or "cosine" down to `final` at max_iters."""
     if step < warmup_iters:
         return peak * (step + 1) / warmup_iters
     if schedule == "constant":
         return peak
-    if schedule != "cosine":
-        fail(f"schedule={schedule}: choose constant or cosine")
     done = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
     return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
 
@@ -318,65 +326,91 @@ def write_lines(path: Path, records: list[dict]) -> None:
     """One JSON object a line, atomically. Exits with one line when it cannot."""
     part = path.with_suffix(path.suffix + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}")
 
 
-def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint of train.py or distill.py. Exits with one line when it is missing or is something else."""
+def load_checkpoint(path: Path | str) -> dict:
+    """Read a checkpoint of train.py or distill.py, into main memory. Exits with one line when it is missing or is
+    something else."""
     if not Path(path).is_file():
         fail(f"no checkpoint {path}; train.py writes flm.pt, distill.py reads it and writes fmlm.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["format"] == "flm-1"
     except Exception as error:
         fail(f"{path} is not a checkpoint of train.py or distill.py ({type(error).__name__})")
     return checkpoint
 
 
-def find_checkpoint(out_dir: Path, model: str, device: torch.device) -> dict:
+def find_checkpoint(out_dir: Path, model: str) -> dict:
     """The flow map in out_dir, else the flow, saying so; or the one named by model = "fmlm" or "flm"."""
-    if model not in ("auto", "flm", "fmlm"):
-        fail(f"model={model}: choose auto, flm or fmlm")
-    if model == "auto" and (out_dir / "fmlm.pt").exists():
-        model = "fmlm"
-    elif model == "auto":
+    require_choice("model", model, ("auto", "flm", "fmlm"))
+    flow, flow_map = out_dir / "flm.pt", out_dir / "fmlm.pt"
+    if model == "auto" and flow.exists() and not flow_map.exists():
         print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens of steps", file=sys.stderr)
-        model = "flm"
-    return load_checkpoint(out_dir / f"{model}.pt", device)
+        return load_checkpoint(flow)
+    if model != "flm" and flow.exists() and flow_map.exists() and flow.stat().st_mtime > flow_map.stat().st_mtime:
+        print(f"{flow} is newer than {flow_map}: run distill.py for its flow map", file=sys.stderr)
+    return load_checkpoint(flow if model == "flm" else flow_map)
 
 
-def load_resumable(path: Path, init_from: str, device: torch.device) -> dict | None:
-    """The checkpoint to continue for init_from = "resume", None for "scratch"; exits for anything else."""
-    if init_from not in ("scratch", "resume"):
-        fail(f"init_from={init_from}: choose scratch or resume")
-    return load_checkpoint(path, device) if init_from == "resume" else None
+def load_resumable(path: Path, init_from: str, settings: dict, fixed: Iterable[str]) -> dict | None:
+    """The checkpoint to continue for init_from = "resume", None for "scratch". Exits when it was made with other values
+    of the `fixed` settings, which a run cannot change on the way."""
+    require_choice("init_from", init_from, ("scratch", "resume"))
+    if init_from == "scratch":
+        return None
+    checkpoint = load_checkpoint(path)
+    for key in fixed:
+        if settings[key] != checkpoint["settings"][key]:
+            fail(f"{path} was made with {key}={checkpoint['settings'][key]}, not {settings[key]}; resume with that, or "
+                 f"start again with --init_from=scratch")
+    return checkpoint
 
 
-def build_clock(checkpoint: dict, device: torch.device) -> Clock:
-    """The clock a checkpoint was trained with."""
-    config = checkpoint["model_config"]
-    return Clock(config["vocab_size"], config["n_embd"], checkpoint["clock_embedding_share"], device)
+def build_clock(config: ModelConfig, embedding_share: float, device: torch.device) -> Clock:
+    """The clock of a network; exits when the share is not one."""
+    try:
+        return Clock(config.vocab_size, config.n_embd, embedding_share, device)
+    except ValueError as error:
+        fail(str(error))
+
+
+def new_model(vocab_size: int, shape: dict, device: torch.device) -> FlowTransformer:
+    """A network with initial weights; exits when the shape is impossible."""
+    try:
+        return FlowTransformer(ModelConfig(vocab_size=vocab_size, **shape)).to(device)
+    except ValueError as error:
+        fail(str(error))
 
 
 def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **changes) -> FlowTransformer:
     """The network in a checkpoint with its "ema" or "model" weights, in eval mode. `changes` replace ModelConfig fields;
     parameters the checkpoint does not have (a flow map's second time embedding) keep their initial values."""
-    model = FlowTransformer(ModelConfig(**checkpoint["model_config"] | changes)).to(device)
+    model = FlowTransformer(ModelConfig(**checkpoint["model_config"] | changes))
     missing, unexpected = model.load_state_dict(checkpoint[weights], strict=False)
     assert not unexpected and all(name.startswith("time_t.") for name in missing), (missing, unexpected)
-    return model.eval()
+    return model.eval().to(device)
 
 
-def run_state(model: nn.Module, ema: nn.Module, optimizers: list, machine: Machine, settings: dict, data: Data,
-              clock_embedding_share: float, step: int, samples_seen: int) -> dict:
-    """Everything a checkpoint holds. (seed, samples_seen) is the state of the data order and of all generators."""
-    return dict(format="flm-1", model_config=asdict(model.config), model=model.state_dict(), ema=ema.state_dict(),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=machine.scaler.state_dict(),
-                clock_embedding_share=clock_embedding_share, settings=settings, step=step, generator=dict(seed=settings["seed"], samples_seen=samples_seen),
-                tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"])
+def save_run(path: Path, kind: str, model: nn.Module, ema: nn.Module, optimizers: list, machine: Machine,
+             settings: dict, data: Data, clock_embedding_share: float, step: int, samples_seen: int) -> None:
+    """Write all of a run, from the main process. (seed, samples_seen) is the state of the data order and of every
+    generator. Exits, and leaves the last checkpoint alone, when a weight is no longer a finite number."""
+    if not machine.main:
+        return
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail(f"the weights diverged before step {step}; {path} is left as it was; try a lower learning_rate")
+    save_checkpoint(path, dict(
+        format="flm-1", kind=kind, model_config=asdict(model.config), model=model.state_dict(), ema=ema.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=machine.scaler.state_dict(),
+        clock_embedding_share=clock_embedding_share, settings=settings, step=step,
+        generator=dict(seed=settings["seed"], samples_seen=samples_seen),
+        tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
 
 
 def restore_run(checkpoint: dict, ema: nn.Module, optimizers: list, machine: Machine) -> tuple[int, int]:
@@ -393,7 +427,7 @@ def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
         fail(f"{data.path.parent} has another vocabulary than the checkpoint; train on the set it was trained on")
 
 
-def require_finite(loss: float, step: int, machine: Machine) -> None:
+def require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         fail(f"the loss became {loss} at step {step}; the last checkpoint is untouched; try a lower learning_rate")
 
@@ -407,8 +441,8 @@ def share_of_steps(gradient_accumulation_steps: int, machine: Machine) -> int:
 
 
 def announce(what: str, model: FlowTransformer, machine: Machine, data: Data, tokens_per_step: int, max_iters: int,
-             path: Path) -> None:
-    """Print what a person wants to know before a run."""
+             path: Path, passes: float) -> None:
+    """Print what a person wants to know before a run. passes: forward passes a token costs, a backward counting two."""
     n = sum(p.numel() for p in model.parameters())
     used = n - model.embed.weight.numel()  # looking a row up costs nothing; the head is a matrix product
     tokens = tokens_per_step * max_iters
@@ -416,8 +450,19 @@ def announce(what: str, model: FlowTransformer, machine: Machine, data: Data, to
           f"{model.config.block_size} tokens a sequence")
     print(f"machine: {machine.describe()}")
     print(f"run: {max_iters:,} steps of {tokens_per_step:,} tokens = {tokens / 1e6:.1f} M tokens "
-          f"({tokens / len(data.tokens):.1f} epochs), about {6 * used * tokens:.1e} floating-point operations -> {path}",
-          flush=True)
+          f"({tokens / len(data.tokens):.1f} epochs), about {2 * passes * used * tokens:.1e} floating-point operations "
+          f"-> {path}", flush=True)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
 
 
 class Log:
@@ -427,10 +472,8 @@ class Log:
         self.path = path if machine.main else None
         self.wandb = None
         if self.path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines() if step and path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]  # a resumed run writes the others again
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [record for record in read_log(path) if record["step"] <= step] if step else []
+            write_lines(path, kept)  # a resumed run writes the others again
             if wandb_project:
                 try:
                     import wandb
@@ -450,13 +493,22 @@ class Progress:
     """Speed and time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint be written."""
 
     def __init__(self, step: int, max_iters: int, tokens_per_step: int):
-        self.max_iters, self.tokens_per_step, self.stopped = max_iters, tokens_per_step, False
+        self.max_iters, self.tokens_per_step, self.interrupted, self.stopped = max_iters, tokens_per_step, False, False
         self.step, self.start, self.rate = step, time.perf_counter(), None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
     def stop(self, number, frame):
-        self.stopped = True
+        self.interrupted = True
+
+    def should_stop(self, step: int, machine: Machine) -> bool:
+        """Whether any process was interrupted. They must agree, or the others would wait for the one that left: they
+        ask each other every tenth step."""
+        if machine.world == 1:
+            self.stopped = self.interrupted
+        elif step % 10 == 0:
+            self.stopped = bool(machine.total(torch.tensor(float(self.interrupted), device=machine.device)))
+        return self.stopped
 
     def restart(self, step: int) -> None:
         """Leave out of the speed what was not training."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import common
-from flow import Clock, latent_noise, noise_factor, stratified
+from flow import latent_noise, noise_factor, stratified
 from flowmap import OBJECTIVES, distillation_loss, off_diagonal_times
 
 # -- input and output
@@ -59,22 +59,24 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
+common.require_choice("objective", objective, OBJECTIVES)
+common.require_choice("optimizer", optimizer, ("adamw", "muon"))
+common.require_choice("schedule", schedule, ("constant", "cosine"))
+common.require_positive(settings, "batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval")
 
 # ---------------------------------------------------------------- set-up
 
 machine = common.Machine(device, dtype)
 path = Path(out_dir) / "fmlm.pt"
-if objective not in OBJECTIVES:
-    common.fail(f"objective={objective}: choose {', '.join(OBJECTIVES)}")
 local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 n_diagonal = round(diagonal_share * batch_size)
 if not 0 <= n_diagonal < batch_size:
     common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
 
-torch.manual_seed(seed)
-flm = common.load_checkpoint(Path(out_dir) / "flm.pt", machine.device)
-checkpoint = common.load_resumable(path, init_from, machine.device)
+flm = common.load_checkpoint(Path(out_dir) / "flm.pt")
+checkpoint = common.load_resumable(path, init_from, settings, ["objective", "self_distill", "dropout", "seed"])
+torch.manual_seed(seed)  # every process starts from the same weights
 block_size = flm["model_config"]["block_size"]
 data = common.Data(dataset, "train", block_size, seed)
 val_data = common.Data(dataset, "val", block_size, seed)
@@ -83,6 +85,8 @@ common.require_same_vocabulary(flm, data)
 teacher = common.build_model(flm, machine.device)
 if checkpoint:
     student = common.build_model(checkpoint, machine.device, "model")
+    if not torch.equal(student.embed.weight, teacher.embed.weight):
+        common.fail(f"{path} was distilled from another flm.pt; start again with --init_from=scratch")
 else:
     student = common.build_model(flm, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
@@ -90,19 +94,20 @@ ema = copy.deepcopy(student).eval()
 optimizers = common.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
 step, samples_seen = common.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
 
-clock = common.build_clock(flm, machine.device)
+clock = common.build_clock(teacher.config, flm["clock_embedding_share"], machine.device)
 E = student.embed.weight
 factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
 net = torch.compile(student) if compile else student
 teacher_net = torch.compile(teacher) if compile else teacher
 log = common.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
-    common.announce(f"flow map by {objective}", student, machine, data, sequences * block_size, max_iters, path)
+    common.announce(f"flow map by {objective}", student, machine, data, sequences * block_size, max_iters, path,
+                    passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
 
 
 def noise(samples, purpose):
-    """z0 (B, L, d) for these sample numbers: the same whichever process draws it."""
-    return latent_noise(E, factor, common.sample_noise(common.mix(seed, purpose), samples, block_size, machine.device))
+    """z0 (B, L, d) for these sample numbers; training and validation draw for different purposes."""
+    return latent_noise(E, factor, common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device))
 
 
 def draw_times(micro_steps: int, full_share: float, random: torch.Generator):
@@ -131,7 +136,8 @@ def validate() -> tuple[float, list[float]]:
                         device=machine.device)                                  # losses, counts
     tau_s, tau_t = draw_times(eval_iters, 1 / 8, common.generator(seed, 2))
     for i in range(machine.rank, eval_iters, machine.world):
-        y, start, end = machine.put(val_data.rows(i * batch_size, batch_size)), machine.put(tau_s[i]), machine.put(tau_t[i])
+        y = machine.put(val_data.rows(i * batch_size, batch_size))
+        start, end = machine.put(tau_s[i]), machine.put(tau_t[i])
         loss, _ = loss_terms(ema, ema, y, start, end, noise(range(i * batch_size, (i + 1) * batch_size), 3))
         bins = 1 + ((end - start) * 10).long().clamp_max(9)
         bins[:n_diagonal] = 0
@@ -141,10 +147,8 @@ def validate() -> tuple[float, list[float]]:
 
 
 def save() -> None:
-    if machine.main:
-        common.save_checkpoint(path, dict(kind="fmlm", **common.run_state(
-            student, ema, optimizers, machine, settings, data,
-            flm["clock_embedding_share"], step, samples_seen)))
+    common.save_run(path, "fmlm", student, ema, optimizers, machine, settings, data, flm["clock_embedding_share"], step,
+                    samples_seen)
 
 
 # ---------------------------------------------------------------- the loop
@@ -164,7 +168,7 @@ while True:
         if step > 0:
             save()
         progress.restart(step)
-    if step >= max_iters or progress.stopped:
+    if step >= max_iters or progress.should_stop(step, machine):
         break
 
     tau_s, tau_t = draw_times(gradient_accumulation_steps, full_jump_share, common.generator(seed, 4, step))
@@ -185,7 +189,7 @@ while True:
 
     if step % log_interval == 0:
         value, cut = (machine.total(means) / machine.world).tolist()            # the only wait for the device
-        common.require_finite(value, step, machine)
+        common.require_finite(value, step)
         log.write(step, loss=value, lr=lr, grad_norm=norm.item(), off_simplex=cut)
         if machine.main:
             outside = f" | off simplex {cut:.1%}" if objective != "psd" else ""

@@ -113,7 +113,8 @@ def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
     E^T E is singular for V <= d, and costs V d^2 however few `tokens` need noise.
 
     Differentiable: with C the gradient for E is unbiased, and its variance about V / d times smaller than through
-    V-dimensional noise. Float32 or better even under autocast. Raises torch.linalg.LinAlgError when E has collapsed.
+    V-dimensional noise. Float32 or better even under autocast. An E that has diverged gives NaN, not an error: to check
+    would be to wait for the device.
     """
     V, d = E.shape
     if V <= d or tokens < d:
@@ -122,7 +123,7 @@ def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
         E = E if E.dtype == torch.float64 else E.float()
         gram = E.T @ E
         jitter = 1e-6 * gram.diagonal().mean().detach()
-        return torch.linalg.cholesky(gram + jitter * torch.eye(d, dtype=E.dtype, device=E.device))
+        return torch.linalg.cholesky_ex(gram + jitter * torch.eye(d, dtype=E.dtype, device=E.device))[0]
 
 
 def latent_noise(E: Tensor, factor: Tensor | None, normal: Callable[[int], Tensor]) -> Tensor:
@@ -207,9 +208,9 @@ def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:
 def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int) -> Tensor:
     """Tokens (B, L) from noise z (B, L, d): Euler steps on a uniform grid of tau, the last one an argmax."""
     tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
-    for here, there in zip(tau[:-1].split(1), tau[1:].split(1)):                # (1,) each
+    E = model.embed.weight
+    for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each
         hidden = model(z, here.expand(len(z)))
-        if there < 1:
-            E = model.embed.weight
+        if i < steps - 1:
             z = move(z, expected_embedding(model.head, hidden, E), clock.t_of_tau(here), clock.t_of_tau(there))
     return most_likely(model.head, hidden)

@@ -94,7 +94,7 @@ def eulerian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor
     clock_speed = ((1 - s) * clock.dtau_dt(s)).to(tau_s.dtype)
     hidden, tangent = torch.func.jvp(lambda z, tau_s: differentiable(target)(z, tau_s, tau_t, attention="math"),
                                      (z, tau_s), (direction, clock_speed))
-    last = clock.t_of_tau(torch.tensor(1 - 1e-4, dtype=torch.float64, device=z.device))
+    last = clock.t_of_tau(torch.full((), 1 - 1e-4, dtype=clock.t.dtype, device=z.device))
     factor = (t - s) / (1 - torch.minimum(t, last))
 
     def stay(denoised, hidden, tangent, factor):
@@ -189,11 +189,11 @@ def sample_flow_map(model: Callable, clock: Clock, z: Tensor, steps: int, gamma:
     sqrt(1 - gamma^2), and add noise until the state is as noisy as at t again. noise() draws a fresh z0 (B, L, d).
     """
     tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
-    for here, there in zip(tau[:-1].split(1), tau[1:].split(1)):                # (1,) each
+    for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each
         s, t = clock.t_of_tau(here), clock.t_of_tau(there)
         beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)                        # t~
         hidden = model(z, here.expand(len(z)), clock.tau_of_t(beyond).expand(len(z)))
-        if there < 1:
+        if i < steps - 1:
             z = move(z, expected_embedding(model.head, hidden, model.embed.weight), s, beyond)
             if gamma:
                 kept = t / beyond

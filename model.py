@@ -20,6 +20,7 @@ stay below one radian and the features hardly move between tau = 0 and 1).
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise ValueError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie between 0 and 1")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "auto") -> Tensor:
@@ -63,7 +66,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "a
     if path == "sdpa" and not softcap:
         return F.scaled_dot_product_attention(q, k, v)
     if path == "flex":
-        return compiled_flex_attention()(q, k, v, score_mod=tanh_cap(softcap) if softcap else None)
+        return flex(q, k, v, softcap)
     if path == "math":
         logits = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, L, L)
         return cap(logits, softcap).softmax(-1).to(v.dtype) @ v
@@ -75,15 +78,20 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
+def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
+    """Soft-capped attention without an (L, L) matrix: the cap goes into the fused kernel as a function of one score."""
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import, and a CPU does without it
+
+    def capped(score, batch, head, i, j):
+        return softcap * torch.tanh(score / softcap)
+    fused = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+    return fused(q, k, v, score_mod=capped if softcap else None)
+
+
 @functools.cache
-def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)  # uncompiled it would hold the (L, L) matrix it exists to avoid
-
-
-@functools.cache  # one function object per cap, or the compiler would see a new score_mod at every call
-def tanh_cap(softcap: float):
-    return lambda score, batch, head, i, j: softcap * torch.tanh(score / softcap)
+def compiled(function: Callable) -> Callable:
+    """torch.compile, once: on its own flex_attention would hold the (L, L) matrix that it exists to avoid."""
+    return torch.compile(function)
 
 
 def rotary_table(L: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -156,7 +164,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """Hidden states (.., d) -> logits (.., V), in float32 even under autocast: log-softmax needs it."""
+    """Hidden states (.., d) -> logits (.., V). Returned in float32 at least: under autocast the product is bfloat16, but
+    the cap and the log-softmax that follow must not be."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, config.vocab_size)
@@ -198,7 +207,7 @@ class FlowTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed.weight, std=self.config.vocab_size ** -0.5)
         if self.config.learned_positions:
-            nn.init.normal_(self.positions, std=0.1)
+            nn.init.normal_(self.positions, std=1.0)
         zero = [self.head, self.modulation_out] + [block.modulation for block in self.blocks]
         for layer in zero + ([self.time_t.fc2] if self.config.flow_map else []):
             nn.init.zeros_(layer.weight)

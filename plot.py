@@ -6,7 +6,6 @@ Left, the flow: cross-entropy in tenths of tau, late times (easy, nearly clean t
 map: the loss of jumps in tenths of their length, and of the diagonal.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -27,10 +26,8 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen
 
 def curves(name: str, bins: str) -> tuple[list[int], list[dict]]:
     """Steps and validation records of a log, or none when it does not exist."""
-    path = Path(out_dir) / name
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [line for line in lines if bins in line]
-    return [line["step"] for line in kept], kept
+    kept = [record for record in common.read_log(Path(out_dir) / name) if bins in record]
+    return [record["step"] for record in kept], kept
 
 
 figure, panels = plt.subplots(1, 2, figsize=(12, 4.5))

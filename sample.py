@@ -21,6 +21,7 @@ from flowmap import sample_flow_map
 out_dir = "out/pydocs"           # where train.py and distill.py wrote
 model = "auto"                   # fmlm, flm, or auto: fmlm if there is one
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
+flow_steps = 0                   # beside a flow map, also decode the same noise with the flow, in this many steps
 num_samples = 4
 batch_size = 64                  # texts generated at once; does not change them
 gamma = 0.0                      # flow map only: 0 deterministic, up to 1 = fresh noise after every step
@@ -31,48 +32,58 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
+common.require_positive(settings, "num_samples", "batch_size")
 
 # ---------------------------------------------------------------- set-up
 
-machine = common.Machine(device, dtype)
 wanted = common.parse_steps(steps)
 if not 0 <= gamma <= 1:
     common.fail(f"gamma={gamma}: must lie between 0 and 1")
-checkpoint = common.find_checkpoint(Path(out_dir), model, machine.device)
-config = checkpoint["model_config"]
-net = common.build_model(checkpoint, machine.device)
-clock = common.build_clock(checkpoint, machine.device)
-encoding = tokenizer.from_dict(checkpoint["tokenizer"])
-E, L = net.embed.weight.detach(), config["block_size"]
-factor = noise_factor(E, num_samples * L)
-if gamma and not config["flow_map"]:
+machine = common.Machine(device, dtype)
+checkpoint = common.find_checkpoint(Path(out_dir), model)
+is_map = checkpoint["model_config"]["flow_map"]
+if gamma and not is_map:
     common.fail("gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0")
+net = common.build_model(checkpoint, machine.device)
+flow = common.build_model(common.load_checkpoint(Path(out_dir) / "flm.pt"), machine.device) if flow_steps else None
+clock = common.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
+encoding = tokenizer.from_dict(checkpoint["tokenizer"])
+E, L = net.embed.weight.detach(), net.config.block_size
+factor = noise_factor(E, E.size(1))  # the same kind of noise however many texts are asked for
 
 
-def generate(first: int, count: int, n_steps: int) -> torch.Tensor:
-    """Tokens (count, L) of samples first .. first + count - 1. Each has its own random numbers, whatever the batch."""
-    normal = common.sample_noise(common.mix(seed, 7), range(first, first + count), L, machine.device)
-    z0 = latent_noise(E, factor, normal)                                        # (count, L, d)
+def generate(samples: range, n_steps: int, with_flow: bool) -> list[str]:
+    """The texts with these numbers. Each has its own random numbers, whatever the batch."""
+    normal = common.sample_normals(common.mix(seed, 7), samples, L, machine.device)
+    z0 = latent_noise(E, factor, normal)                                        # (B, L, d)
     with machine.autocast():
-        if config["flow_map"]:
-            return sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal))
-        return sample_flow(net, clock, z0, n_steps)
+        if with_flow:
+            tokens = sample_flow(flow or net, clock, z0, n_steps)
+        else:
+            tokens = sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal))
+    return [encoding.decode(row) for row in tokens.tolist()]                    # .tolist() waits for the device
 
 
 # ---------------------------------------------------------------- the samples
 
+runs = [(n, not is_map) for n in wanted] + ([(flow_steps, True)] if flow_steps else [])
 records = []
-for n_steps in wanted:
+for n_steps, with_flow in runs:
     texts, start = [], time.perf_counter()
     for first in range(0, num_samples, batch_size):
-        tokens = generate(first, min(batch_size, num_samples - first), n_steps)
-        texts += [encoding.decode(row) for row in tokens.tolist()]              # .tolist() waits for the device
+        texts += generate(range(first, min(first + batch_size, num_samples)), n_steps, with_flow)
     seconds = (time.perf_counter() - start) / num_samples
-    kind = "FMLM" if config["flow_map"] else "FLM"
-    print(f"\n==== {kind}, {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample")
-    for i, text in enumerate(texts):
-        print(f"\n-- {i + 1}\n{text.strip()}")
-        records.append(dict(text=text, sample=i, steps=n_steps, model=kind, seed=seed, gamma=gamma))
+    name = "FLM" if with_flow else "FMLM"
+    print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample")
+    records += [dict(sample=i, model=name, steps=n_steps, text=text, seed=seed, gamma=gamma)
+                for i, text in enumerate(texts)]
+
+for i in range(num_samples):  # the same noise side by side
+    print(f"\n==== sample {i + 1}")
+    for record in records:
+        if record["sample"] == i:
+            label = f"-- {record['model']}, {record['steps']} step{'s' * (record['steps'] > 1)}\n" if len(runs) > 1 else ""
+            print(f"{label}{record['text'].strip()}")
 
 if out:
     common.write_lines(Path(out), records)

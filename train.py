@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import common
-from flow import Clock, flow_loss, latent_noise, noise_factor, stratified
-from model import FlowTransformer, ModelConfig
+from flow import flow_loss, latent_noise, noise_factor, stratified
+from model import ModelConfig
 
 # -- input and output
 out_dir = "out/pydocs"           # flm.pt and flm.jsonl (the log) go here
@@ -64,6 +64,9 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
+common.require_choice("optimizer", optimizer, ("adamw", "muon"))
+common.require_choice("schedule", schedule, ("constant", "cosine"))
+common.require_positive(settings, "batch_size", "block_size", "max_iters", "eval_interval", "eval_iters", "log_interval")
 
 # ---------------------------------------------------------------- set-up
 
@@ -74,28 +77,28 @@ val_data = common.Data(dataset, "val", block_size, seed)
 local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
+shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
+checkpoint = common.load_resumable(path, init_from, settings, [*shape, "clock_embedding_share", "seed"])
 torch.manual_seed(seed)  # every process starts from the same weights
-checkpoint = common.load_resumable(path, init_from, machine.device)
 if checkpoint:
     common.require_same_vocabulary(checkpoint, data)
     model = common.build_model(checkpoint, machine.device, "model")
 else:
-    shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
-    model = FlowTransformer(ModelConfig(vocab_size=data.meta["vocab_size"], **shape)).to(machine.device)
+    model = common.new_model(data.meta["vocab_size"], shape, machine.device)
 ema = copy.deepcopy(model).eval()
 optimizers = common.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
 step, samples_seen = common.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
 
-clock = Clock(model.config.vocab_size, n_embd, clock_embedding_share, machine.device)
+clock = common.build_clock(model.config, clock_embedding_share, machine.device)
 net = torch.compile(model) if compile else model  # same weights, faster
 log = common.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
-    common.announce("flow language model", model, machine, data, sequences * block_size, max_iters, path)
+    common.announce("flow language model", model, machine, data, sequences * block_size, max_iters, path, passes=3)
 
 
 def noise(E, factor, samples, purpose):
-    """z0 (B, L, d) for these sample numbers: the same whichever process draws it."""
-    return latent_noise(E, factor, common.sample_noise(common.mix(seed, purpose), samples, block_size, machine.device))
+    """z0 (B, L, d) for these sample numbers; training and validation draw for different purposes."""
+    return latent_noise(E, factor, common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device))
 
 
 @torch.no_grad()
@@ -120,10 +123,8 @@ def validate() -> tuple[float, list[float]]:
 
 
 def save() -> None:
-    if machine.main:
-        common.save_checkpoint(path, dict(kind="flm", **common.run_state(
-            model, ema, optimizers, machine, settings, data,
-            clock_embedding_share, step, samples_seen)))
+    common.save_run(path, "flm", model, ema, optimizers, machine, settings, data, clock_embedding_share, step,
+                    samples_seen)
 
 
 # ---------------------------------------------------------------- the loop
@@ -142,7 +143,7 @@ while True:
         if step > 0:
             save()
         progress.restart(step)
-    if step >= max_iters or progress.stopped:
+    if step >= max_iters or progress.should_stop(step, machine):
         break
 
     # one random stream a step for the times, and one a step and process for dropout
@@ -166,7 +167,7 @@ while True:
 
     if step % log_interval == 0:
         value = machine.total(step_loss).item() / machine.world                 # the only wait for the device
-        common.require_finite(value, step, machine)
+        common.require_finite(value, step)
         log.write(step, loss=value, lr=lr, grad_norm=norm.item())
         if machine.main:
             print(f"step {step}/{max_iters} | loss {value:.3f} | lr {lr:.1e} | {progress.line(step)}", flush=True)

@@ -92,7 +92,7 @@ def test_sampling(toy):
     folder, *_ = toy
     base = ["sample.py", f"--out_dir={folder / 'out'}", "--num_samples=3", "--device=cpu", "--dtype=float32"]
     output = run(*base, "--steps", 1, f"--out={folder / 'a.jsonl'}")
-    assert "FMLM, 1 network evaluation and" in output and "ms a sample" in output
+    assert "FMLM: 1 network evaluation and" in output and "ms a sample" in output
     texts = [r["text"] for r in log(folder / "a.jsonl")]
     assert len(texts) == 3 and all(len(text) == 8 for text in texts)
     run(*base, "--steps=1,2", "--batch_size=2", f"--out={folder / 'b.jsonl'}")
@@ -101,7 +101,7 @@ def test_sampling(toy):
     run(*base, "--steps=1", "--seed=2", f"--out={folder / 'c.jsonl'}")
     assert [r["text"] for r in log(folder / "c.jsonl")] != texts
     run(*base, "--steps=3", "--gamma=1", f"--out={folder / 'd.jsonl'}")
-    assert "FLM, 4 network evaluations" in run(*base, "--steps=4", "--model=flm")
+    assert "FLM: 4 network evaluations" in run(*base, "--steps=4", "--model=flm")
 
 
 def test_sampling_needs_no_data_folder_and_falls_back_to_the_flow(toy, tmp_path):
@@ -109,7 +109,7 @@ def test_sampling_needs_no_data_folder_and_falls_back_to_the_flow(toy, tmp_path)
     (tmp_path / "flm.pt").write_bytes((folder / "out" / "flm.pt").read_bytes())
     done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path}"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "no flow map" in done.stderr and "FLM, 1 network evaluation" in done.stdout
+    assert done.returncode == 0 and "no flow map" in done.stderr and "FLM: 1 network evaluation" in done.stdout
 
 
 def test_plot(toy):
@@ -180,10 +180,10 @@ def test_two_processes_are_one(toy, tmp_path):
     (["train.py", "--seed"], "--seed needs a value, as in --seed=1"),
     (["train.py", "--out_dir=x", "config/owt.py"],
      "cannot read 'config/owt.py'; settings are given as --key=value, a config file comes first"),
-    (["train.py", "--init_from=gpt2"], "init_from=gpt2: choose scratch or resume"),
-    (["train.py", "--dtype=int8"], "dtype=int8: choose auto, bfloat16, float16 or float32"),
-    (["train.py", "--optimizer=sgd"], "optimizer=sgd: choose adamw or muon"),
-    (["train.py", "--schedule=linear"], "schedule=linear: choose constant or cosine"),
+    (["train.py", "--init_from=gpt2"], "init_from=gpt2: choose scratch, resume"),
+    (["train.py", "--dtype=int8"], "dtype=int8: choose auto, bfloat16, float16, float32"),
+    (["train.py", "--optimizer=sgd"], "optimizer=sgd: choose adamw, muon"),
+    (["train.py", "--schedule=linear"], "schedule=linear: choose constant, cosine"),
     (["train.py", "--block_size=500"], "{folder}/data/val.bin has 400 tokens, fewer than block_size=500"),
     (["distill.py", "--objective=mse"], "objective=mse: choose psd, lsd, esd"),
     (["distill.py", "--diagonal_share=1"], "diagonal_share=1.0 of batch_size=64 leaves no row for jumps"),
@@ -194,7 +194,7 @@ def test_two_processes_are_one(toy, tmp_path):
     (["sample.py", "--gamma=2"], "gamma=2.0: must lie between 0 and 1"),
     (["sample.py", "--model=flm", "--gamma=0.5"],
      "gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0"),
-    (["sample.py", "--model=gpt"], "model=gpt: choose auto, flm or fmlm"),
+    (["sample.py", "--model=gpt"], "model=gpt: choose auto, flm, fmlm"),
 ])
 def test_mistakes_end_in_one_line(toy, command, message, monkeypatch):
     folder, *_ = toy
