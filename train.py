@@ -39,6 +39,7 @@ dropout = 0.1
 block_size = 64                  # L, tokens in a sequence
 learned_positions = True         # ours: pure noise carries no positions, rotary attention alone cannot tell them apart
 time_scale = 1000.0              # ours: spreads tau over the phases of its sinusoids; 1 in the paper
+head_from_embedding = True       # ours: the head starts as E, a crude decoder, which spares a plateau; zero in the paper
 attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
 clock_embedding_share = 0.0      # share of a clock that counts what the d-dimensional network sees; 0 = published

@@ -288,3 +288,29 @@ def test_stochastic_sampling_keeps_the_distribution(gamma):
     tokens = sample_flow_map(ExactFlowMap(), CLOCK, noise(), steps=3, gamma=gamma, noise=noise)
     found = torch.bincount(tokens.flatten(), minlength=V) / 3000
     assert torch.allclose(found.double(), PRIOR, atol=0.04)
+
+
+# ---------------------------------------------------------------- as distill.py runs it at a large vocabulary
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("n_diagonal", [0, 2])
+def test_sliced_head_under_autocast_gives_the_gradients_of_float32(objective, n_diagonal, monkeypatch):
+    """bfloat16 products, logits in slices of seven tokens that are recomputed in the backward pass: every parameter
+    still gets its gradient, to the precision of bfloat16."""
+    from model import FlowTransformer, ModelConfig
+    model = FlowTransformer(ModelConfig(40, 6, 2, 2, 16, 8, 0.0, flow_map=True, time_scale=3.0))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    clock = Clock(40)
+    y, z0 = torch.randint(40, (5, 6)), torch.randn(5, 6, 16)
+    tau_s, tau_t = torch.rand(5) * 0.5, torch.rand(5) * 0.5 + 0.5
+    tau_t[:n_diagonal] = tau_s[:n_diagonal]
+
+    def gradients(slice_size, dtype):
+        monkeypatch.setattr("flow.SLICE", slice_size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, _ = distillation_loss(model, model, None, clock, objective, y, tau_s, tau_t, z0, n_diagonal)
+        assert loss.dtype == torch.float32
+        return torch.autograd.grad(loss.mean(), [p for p in model.parameters()])
+    for ours, exact in zip(gradients(7 * 40, torch.bfloat16), gradients(10 ** 9, torch.float32)):
+        assert (ours - exact).norm() < 0.25 * exact.norm() + 1e-4  # a lost gradient would be off by all of it
