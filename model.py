@@ -12,12 +12,10 @@ It is a GPT without the causal mask and with two additions:
 calls so that callers can apply the head to a few tokens at a time: at V = 50,257 the logits of a batch are by far the
 largest tensor there is.
 
-Three options are ours, not the paper's, and off in a network that mirrors a released checkpoint: `learned_positions`
-(rotary attention only sees differences of positions, and pure noise looks the same everywhere, so without them the
-network cannot know at tau = 0 where it is), `time_scale` (unscaled, all phases of the sinusoids stay below one radian
-and the features hardly move between tau = 0 and 1) and `head_from_embedding` (the head starts as E instead of zero, so
-that logits start as products of z with every embedding, a crude decoder; from zero, training first spends hundreds of
-steps on a plateau, knowing the frequencies of tokens only, before it finds that decoder).
+Two options are ours, not the paper's, and both are off in a network that mirrors a released checkpoint:
+`learned_positions` (rotary attention only sees differences of positions, and pure noise looks the same everywhere, so
+without them the network cannot know at tau = 0 where it is) and `time_scale` (unscaled, all phases of the sinusoids
+stay below one radian and the features hardly move between tau = 0 and 1).
 """
 
 import functools
@@ -41,8 +39,8 @@ class ModelConfig:
     dropout: float = 0.1             # on the output of every attention and MLP branch
     flow_map: bool = False           # two time embeddings instead of one
     learned_positions: bool = True   # add a learned vector per absolute position to z
-    time_scale: float = 1000.0       # tau is multiplied by this before the sinusoids; 1 in the paper
-    head_from_embedding: bool = True  # the head's initial weights are E's; zero in the paper
+    position_std: float = 0.1        # initial size of those vectors; pure noise z0 starts with size 1
+    time_scale: float = 30.0         # tau is multiplied by this before the sinusoids; 1 in the paper
     attention_softcap: float = 0.0   # attention logits become c tanh(logit / c); 50 in the paper, 0 = off
     logit_softcap: float = 0.0       # the same for the output logits; 30 in the paper, 0 = off
 
@@ -200,9 +198,9 @@ class FlowTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """E starts so that x0 E, a sum of V terms, has unit variance; every modulation starts at zero, so that each block
-        begins as the identity; the head starts as E, or as zero and so as a uniform guess; a flow map's second time
-        embedding starts as zero, so that it begins as the FLM whose weights it is given."""
+        """E starts so that x0 E, a sum of V terms, has unit variance; every modulation and the head start at zero, so
+        that each block begins as the identity and the model as a uniform guess; a flow map's second time embedding
+        starts as zero, so that it begins as the FLM whose weights it is given."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5)
@@ -210,14 +208,11 @@ class FlowTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed.weight, std=self.config.vocab_size ** -0.5)
         if self.config.learned_positions:
-            nn.init.normal_(self.positions, std=1.0)
+            nn.init.normal_(self.positions, std=self.config.position_std)
         zero = [self.head, self.modulation_out] + [block.modulation for block in self.blocks]
         for layer in zero + ([self.time_t.fc2] if self.config.flow_map else []):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        if self.config.head_from_embedding:
-            with torch.no_grad():
-                self.head.weight.copy_(self.embed.weight)
 
     def forward(self, z: Tensor, tau: Tensor, tau_t: Tensor | None = None, attention: str = "auto") -> Tensor:
         """Hidden states (B, L, d) for the state z (B, L, d) at clock time tau (B,); a flow map also needs the clock

@@ -23,7 +23,6 @@ dropout = 0.1
 block_size = 1024
 learned_positions = False        # as published; see the comment in train.py before you copy it
 time_scale = 1.0
-head_from_embedding = False
 attention_softcap = 50.0
 logit_softcap = 30.0
 

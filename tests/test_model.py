@@ -121,13 +121,10 @@ def test_the_time_moves_the_output():
 
 # ---------------------------------------------------------------- the start
 
-def test_starts_as_a_uniform_guess_or_as_a_decoder():
-    """From a zero head: no token is likelier than another. From a head that is E: nearly clean text is read off."""
-    z, tau = torch.randn(2, 6, 8), torch.tensor([0.0, 0.9])
-    model = network(randomised=False, head_from_embedding=False)
-    assert torch.equal(model.head(model(z, tau)), torch.zeros(2, 6, 11))
-    model, y = network(randomised=False, n_embd=32, learned_positions=False), torch.arange(6)[None]
-    assert torch.equal(model.head(model(model.embed(y), torch.ones(1))).argmax(-1), y)
+def test_starts_as_a_uniform_guess():
+    model = network(randomised=False)
+    logits = model.head(model(torch.randn(2, 6, 8), torch.tensor([0.0, 0.9])))
+    assert torch.equal(logits, torch.zeros(2, 6, 11))
 
 
 def test_noise_starts_near_unit_variance():

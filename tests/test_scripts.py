@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from data import corpus, tokenizer
 
-TINY = ["--head_from_embedding=0", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_time=8", "--block_size=8", "--batch_size=8"]
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_time=8", "--block_size=8", "--batch_size=8"]
 QUICK = ["--max_iters=6", "--eval_interval=3", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--dtype=float32"]
 
 

@@ -1,0 +1,16 @@
+"""The flow map of palindromes, after train.py config/palindromes.py.
+
+    python distill.py config/distill_palindromes.py
+"""
+
+out_dir = "out/palindromes"
+dataset = "palindromes"
+diagonal_share = 0.25
+full_jump_share = 1 / 3
+batch_size = 128
+max_iters = 5500
+learning_rate = 2e-3
+min_lr = 2e-5
+optimizer = "muon"
+eval_interval = 500
+log_interval = 100
