@@ -175,7 +175,7 @@ def test_two_processes_are_one(toy, tmp_path):
 
 @pytest.mark.parametrize("command, message", [
     (["train.py", "--lerning_rate=1"], "unknown setting 'lerning_rate' on the command line; did you mean 'learning_rate'?"),
-    (["train.py", "--max_iters=ten"], "max_iters=ten on the command line: expected int, such as 1500"),
+    (["train.py", "--max_iters=ten"], "max_iters=ten on the command line: expected int, such as 1000"),
     (["train.py", "--compile=maybe"], "compile=maybe on the command line: expected bool, such as False"),
     (["train.py", "--seed"], "--seed needs a value, as in --seed=1"),
     (["train.py", "--out_dir=x", "config/owt.py"],
