@@ -1,14 +1,12 @@
-"""What train.py, distill.py and sample.py share: settings, the device, data, optimizers, checkpoints. No mathematics.
+"""What the programs share: settings, the device and its processes, randomness, optimizers, progress. No mathematics.
 
 - settings are the plain globals of each script; a config file and `--key=value` replace them, and nothing else can;
 - every random number of a run is a function of (seed, what it is for, index of the sample), never of how many were
   drawn before. So resuming is exact, and one process or eight draw the same noise for the same sample;
-- checkpoints are written beside the old one and moved over it, so a crash leaves the last good one;
 - data parallelism is one all-reduce of the gradients after the last micro-step (`average_gradients`), nothing more.
 """
 
 import difflib
-import json
 import math
 import os
 import re
@@ -17,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flow import Clock
-from model import FlowTransformer, ModelConfig
+from model import FlowTransformer
 
 
 def fail(message: str):
@@ -138,8 +134,8 @@ class Machine:
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            fail(f"device={device}: {str(error).splitlines()[0][:100]}")
+        except (RuntimeError, AssertionError):
+            fail(f"device={device}: PyTorch cannot use it here; choose auto, cpu, cuda or mps")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
@@ -208,50 +204,6 @@ def sample_normals(seed: int, samples: Iterable[int], L: int, device: torch.devi
     return lambda n: torch.stack([torch.randn(L, n, generator=g, device=device) for g in generators])
 
 
-# ---------------------------------------------------------------- data
-
-class Data:
-    """data/<dataset>/<split>.bin as rows of L tokens, in an order that is a function of the seed.
-
-    Sample number n of a run is row n mod N of epoch n // N. Each epoch shuffles the rows, and, where the file is one
-    continuous stream, also moves the cuts between them; a packed file (meta.json has its row_length) keeps its rows.
-    Exits with one line when the folder or a file is missing or does not fit L.
-    """
-
-    def __init__(self, dataset: str, split: str, block_size: int, seed: int):
-        folder = Path(__file__).parent / "data" / dataset if not Path(dataset).is_dir() else Path(dataset)
-        path = folder / f"{split}.bin"
-        if not (folder / "meta.json").is_file() or not path.is_file():
-            fail(f"no data in {folder}; run: python data/{dataset}/prepare.py")
-        self.meta = json.loads((folder / "meta.json").read_text())
-        self.tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        self.tokens = np.memmap(path, np.dtype(self.meta["dtype"]), mode="r")
-        self.path, self.L, self.seed, self.epoch = path, block_size, seed, -1
-        packed = self.meta["row_length"]
-        if packed and packed != block_size:
-            fail(f"{path} holds rows of {packed} tokens; set --block_size={packed}")
-        if len(self.tokens) < block_size:
-            fail(f"{path} has {len(self.tokens):,} tokens, fewer than block_size={block_size}")
-        self.n_rows = len(self.tokens) // block_size if packed else max(1, len(self.tokens) // block_size - 1)
-        spare = len(self.tokens) - self.n_rows * block_size
-        self.shifts = 1 if packed else min(block_size, spare + 1)  # how many places the first cut can be at
-
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Samples first .. first + count - 1 as (count, L) int64 token ids."""
-        return np.stack([self.row(n) for n in range(first, first + count)])
-
-    def row(self, n: int) -> np.ndarray:
-        epoch, n = divmod(n, self.n_rows)
-        if epoch != self.epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.shift, self.order = epoch, random.integers(self.shifts), random.permutation(self.n_rows)
-        start = self.shift + self.order[n] * self.L
-        row = self.tokens[start:start + self.L].astype(np.int64)
-        if row.max() >= self.meta["vocab_size"]:
-            fail(f"{self.path} holds token {row.max()}, past its vocabulary of {self.meta['vocab_size']}")
-        return row
-
-
 # ---------------------------------------------------------------- optimizers, schedule, moving average
 
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, betas: tuple[float, float],
@@ -305,127 +257,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
 
 
-# ---------------------------------------------------------------- checkpoints and logs
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write atomically: the file at `path` is always a whole checkpoint. Exits with one line when it cannot."""
-    part = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); the last checkpoint is untouched")
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """One JSON object a line, atomically. Exits with one line when it cannot."""
-    part = path.with_suffix(path.suffix + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
-
-
-def load_checkpoint(path: Path | str) -> dict:
-    """Read a checkpoint of train.py or distill.py, into main memory. Exits with one line when it is missing or is
-    something else."""
-    if not Path(path).is_file():
-        fail(f"no checkpoint {path}; train.py writes flm.pt, distill.py reads it and writes fmlm.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["format"] == "flm-1"
-    except Exception as error:
-        fail(f"{path} is not a checkpoint of train.py or distill.py ({type(error).__name__})")
-    return checkpoint
-
-
-def find_checkpoint(out_dir: Path, model: str) -> dict:
-    """The flow map in out_dir, else the flow, saying so; or the one named by model = "fmlm" or "flm"."""
-    require_choice("model", model, ("auto", "flm", "fmlm"))
-    flow, flow_map = out_dir / "flm.pt", out_dir / "fmlm.pt"
-    if model == "auto" and flow.exists() and not flow_map.exists():
-        print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens of steps", file=sys.stderr)
-        return load_checkpoint(flow)
-    if model != "flm" and flow.exists() and flow_map.exists() and flow.stat().st_mtime > flow_map.stat().st_mtime:
-        print(f"{flow} is newer than {flow_map}: run distill.py for its flow map", file=sys.stderr)
-    return load_checkpoint(flow if model == "flm" else flow_map)
-
-
-def load_resumable(path: Path, init_from: str, settings: dict, fixed: Iterable[str]) -> dict | None:
-    """The checkpoint to continue for init_from = "resume", None for "scratch". Exits when it was made with other values
-    of the `fixed` settings, which a run cannot change on the way."""
-    require_choice("init_from", init_from, ("scratch", "resume"))
-    if init_from == "scratch":
-        return None
-    checkpoint = load_checkpoint(path)
-    for key in fixed:
-        if settings[key] != checkpoint["settings"][key]:
-            fail(f"{path} was made with {key}={checkpoint['settings'][key]}, not {settings[key]}; resume with that, or "
-                 f"start again with --init_from=scratch")
-    return checkpoint
-
-
-def build_clock(config: ModelConfig, embedding_share: float, device: torch.device) -> Clock:
-    """The clock of a network; exits when the share is not one."""
-    try:
-        return Clock(config.vocab_size, config.n_embd, embedding_share, device)
-    except ValueError as error:
-        fail(str(error))
-
-
-def new_model(vocab_size: int, shape: dict, device: torch.device) -> FlowTransformer:
-    """A network with initial weights; exits when the shape is impossible."""
-    try:
-        return FlowTransformer(ModelConfig(vocab_size=vocab_size, **shape)).to(device)
-    except ValueError as error:
-        fail(str(error))
-
-
-def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **changes) -> FlowTransformer:
-    """The network in a checkpoint with its "ema" or "model" weights, in eval mode. `changes` replace ModelConfig fields;
-    parameters the checkpoint does not have (a flow map's second time embedding) keep their initial values."""
-    model = FlowTransformer(ModelConfig(**checkpoint["model_config"] | changes))
-    missing, unexpected = model.load_state_dict(checkpoint[weights], strict=False)
-    assert not unexpected and all(name.startswith("time_t.") for name in missing), (missing, unexpected)
-    return model.eval().to(device)
-
-
-def save_run(path: Path, kind: str, model: nn.Module, ema: nn.Module, optimizers: list, machine: Machine,
-             settings: dict, data: Data, clock_embedding_share: float, step: int, samples_seen: int) -> None:
-    """Write all of a run, from the main process. (seed, samples_seen) is the state of the data order and of every
-    generator. Exits, and leaves the last checkpoint alone, when a weight is no longer a finite number."""
-    if not machine.main:
-        return
-    if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"the weights diverged before step {step}; {path} is left as it was; try a lower learning_rate")
-    save_checkpoint(path, dict(
-        format="flm-1", kind=kind, model_config=asdict(model.config), model=model.state_dict(), ema=ema.state_dict(),
-        optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=machine.scaler.state_dict(),
-        clock_embedding_share=clock_embedding_share, settings=settings, step=step,
-        generator=dict(seed=settings["seed"], samples_seen=samples_seen),
-        tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
-
-
-def restore_run(checkpoint: dict, ema: nn.Module, optimizers: list, machine: Machine) -> tuple[int, int]:
-    """Put a checkpoint's moving average, optimizers and loss scale back; returns (step, samples_seen)."""
-    ema.load_state_dict(checkpoint["ema"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    machine.scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["generator"]["samples_seen"]
-
-
-def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
-    if checkpoint["vocabulary"] != data.meta["tokenizer"]:
-        fail(f"{data.path.parent} has another vocabulary than the checkpoint; train on the set it was trained on")
-
+# ---------------------------------------------------------------- the run
 
 def require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
@@ -440,8 +272,8 @@ def share_of_steps(gradient_accumulation_steps: int, machine: Machine) -> int:
     return gradient_accumulation_steps // machine.world
 
 
-def announce(what: str, model: FlowTransformer, machine: Machine, data: Data, tokens_per_step: int, max_iters: int,
-             path: Path, passes: float) -> None:
+def announce(what: str, model: FlowTransformer, machine: Machine, train_tokens: int, tokens_per_step: int,
+             max_iters: int, path: Path, passes: float) -> None:
     """Print what a person wants to know before a run. passes: forward passes a token costs, a backward counting two."""
     n = sum(p.numel() for p in model.parameters())
     used = n - model.embed.weight.numel()  # looking a row up costs nothing; the head is a matrix product
@@ -450,43 +282,8 @@ def announce(what: str, model: FlowTransformer, machine: Machine, data: Data, to
           f"{model.config.block_size} tokens a sequence")
     print(f"machine: {machine.describe()}")
     print(f"run: {max_iters:,} steps of {tokens_per_step:,} tokens = {tokens / 1e6:.1f} M tokens "
-          f"({tokens / len(data.tokens):.1f} epochs), about {2 * passes * used * tokens:.1e} floating-point operations "
+          f"({tokens / train_tokens:.1f} epochs), about {2 * passes * used * tokens:.1e} floating-point operations "
           f"-> {path}", flush=True)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a log; a last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-class Log:
-    """One JSON object a line in `path`, for plot.py and for people; and the same to wandb if asked."""
-
-    def __init__(self, path: Path, machine: Machine, step: int, wandb_project: str, settings: dict):
-        self.path = path if machine.main else None
-        self.wandb = None
-        if self.path:
-            kept = [record for record in read_log(path) if record["step"] <= step] if step else []
-            write_lines(path, kept)  # a resumed run writes the others again
-            if wandb_project:
-                try:
-                    import wandb
-                except ImportError:
-                    fail("wandb_project is set but wandb is missing; run: pip install wandb")
-                self.wandb = wandb.init(project=wandb_project, config=settings)
-
-    def write(self, step: int, **values) -> None:
-        if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(dict(step=step, **values)) + "\n")
-            if self.wandb:
-                self.wandb.log(values, step=step)
 
 
 class Progress:

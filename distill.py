@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 import common
+import storage
+from data.loader import Data
 from flow import latent_noise, noise_factor, stratified
 from flowmap import OBJECTIVES, distillation_loss, off_diagonal_times
 
@@ -62,7 +64,8 @@ globals().update(settings)
 common.require_choice("objective", objective, OBJECTIVES)
 common.require_choice("optimizer", optimizer, ("adamw", "muon"))
 common.require_choice("schedule", schedule, ("constant", "cosine"))
-common.require_positive(settings, "batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval")
+common.require_positive(settings, "batch_size", "max_iters", "gradient_accumulation_steps", "eval_interval",
+                        "eval_iters", "log_interval")
 
 # ---------------------------------------------------------------- set-up
 
@@ -74,40 +77,41 @@ n_diagonal = round(diagonal_share * batch_size)
 if not 0 <= n_diagonal < batch_size:
     common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
 
-flm = common.load_checkpoint(Path(out_dir) / "flm.pt")
-checkpoint = common.load_resumable(path, init_from, settings, ["objective", "self_distill", "dropout", "seed"])
+flm = storage.load_checkpoint(Path(out_dir) / "flm.pt")
+checkpoint = storage.load_resumable(path, init_from, settings, ["objective", "self_distill", "dropout", "seed"])
 torch.manual_seed(seed)  # every process starts from the same weights
 block_size = flm["model_config"]["block_size"]
-data = common.Data(dataset, "train", block_size, seed)
-val_data = common.Data(dataset, "val", block_size, seed)
-common.require_same_vocabulary(flm, data)
+data = Data(dataset, "train", block_size, seed)
+val_data = Data(dataset, "val", block_size, seed)
+storage.require_same_vocabulary(flm, data)
 
-teacher = common.build_model(flm, machine.device)
+teacher = storage.build_model(flm, machine.device)
 if checkpoint:
-    student = common.build_model(checkpoint, machine.device, "model")
+    student = storage.build_model(checkpoint, machine.device, "model")
     if not torch.equal(student.embed.weight, teacher.embed.weight):
         common.fail(f"{path} was distilled from another flm.pt; start again with --init_from=scratch")
 else:
-    student = common.build_model(flm, machine.device, flow_map=True, dropout=dropout)
+    student = storage.build_model(flm, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
 ema = copy.deepcopy(student).eval()
 optimizers = common.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
-step, samples_seen = common.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
 
-clock = common.build_clock(teacher.config, flm["clock_embedding_share"], machine.device)
+clock = storage.build_clock(teacher.config, flm["clock_embedding_share"], machine.device)
 E = student.embed.weight
 factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
 net = torch.compile(student) if compile else student
 teacher_net = torch.compile(teacher) if compile else teacher
-log = common.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
+log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
-    common.announce(f"flow map by {objective}", student, machine, data, sequences * block_size, max_iters, path,
-                    passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
+    common.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,
+                    path, passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
 
 
 def noise(samples, purpose):
     """z0 (B, L, d) for these sample numbers; training and validation draw for different purposes."""
-    return latent_noise(E, factor, common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device))
+    normal = common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device)
+    return latent_noise(E, factor, normal)
 
 
 def draw_times(micro_steps: int, full_share: float, random: torch.Generator):
@@ -147,7 +151,7 @@ def validate() -> tuple[float, list[float]]:
 
 
 def save() -> None:
-    common.save_run(path, "fmlm", student, ema, optimizers, machine, settings, data, flm["clock_embedding_share"], step,
+    storage.save_run(path, "fmlm", student, ema, optimizers, machine, settings, data, flm["clock_embedding_share"], step,
                     samples_seen)
 
 
@@ -193,6 +197,7 @@ while True:
         log.write(step, loss=value, lr=lr, grad_norm=norm.item(), off_simplex=cut)
         if machine.main:
             outside = f" | off simplex {cut:.1%}" if objective != "psd" else ""
-            print(f"step {step}/{max_iters} | loss {value:.4f}{outside} | lr {lr:.1e} | {progress.line(step)}", flush=True)
+            print(f"step {step}/{max_iters} | loss {value:.4f}{outside} | lr {lr:.1e} | {progress.line(step)}",
+                  flush=True)
 
 common.finish(progress, step, max_iters, path, save, machine)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import common
+import storage
 
 out_dir = "out/pydocs"           # where flm.jsonl and fmlm.jsonl are; loss.png goes there too
 
@@ -26,7 +27,7 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen
 
 def curves(name: str, bins: str) -> tuple[list[int], list[dict]]:
     """Steps and validation records of a log, or none when it does not exist."""
-    kept = [record for record in common.read_log(Path(out_dir) / name) if bins in record]
+    kept = [record for record in storage.read_log(Path(out_dir) / name) if bins in record]
     return [record["step"] for record in kept], kept
 
 

@@ -11,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 import common
+import storage
 from data import tokenizer
 from flow import latent_noise, noise_factor, sample_flow
 from flowmap import sample_flow_map
@@ -40,13 +39,13 @@ wanted = common.parse_steps(steps)
 if not 0 <= gamma <= 1:
     common.fail(f"gamma={gamma}: must lie between 0 and 1")
 machine = common.Machine(device, dtype)
-checkpoint = common.find_checkpoint(Path(out_dir), model)
+checkpoint = storage.find_checkpoint(Path(out_dir), model)
 is_map = checkpoint["model_config"]["flow_map"]
 if gamma and not is_map:
     common.fail("gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0")
-net = common.build_model(checkpoint, machine.device)
-flow = common.build_model(common.load_checkpoint(Path(out_dir) / "flm.pt"), machine.device) if flow_steps else None
-clock = common.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
+net = storage.build_model(checkpoint, machine.device)
+flow = storage.build_model(storage.load_checkpoint(Path(out_dir) / "flm.pt"), machine.device) if flow_steps else None
+clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
 encoding = tokenizer.from_dict(checkpoint["tokenizer"])
 E, L = net.embed.weight.detach(), net.config.block_size
 factor = noise_factor(E, E.size(1))  # the same kind of noise however many texts are asked for
@@ -82,9 +81,10 @@ for i in range(num_samples):  # the same noise side by side
     print(f"\n==== sample {i + 1}")
     for record in records:
         if record["sample"] == i:
-            label = f"-- {record['model']}, {record['steps']} step{'s' * (record['steps'] > 1)}\n" if len(runs) > 1 else ""
-            print(f"{label}{record['text'].strip()}")
+            if len(runs) > 1:
+                print(f"-- {record['model']}, {record['steps']} step{'s' * (record['steps'] > 1)}")
+            print(record["text"].strip())
 
 if out:
-    common.write_lines(Path(out), records)
+    storage.write_lines(Path(out), records)
     print(f"\nwrote {len(records)} samples to {out}")

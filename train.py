@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 import common
+import storage
+from data.loader import Data
 from flow import flow_loss, latent_noise, noise_factor, stratified
 from model import ModelConfig
 
@@ -67,39 +69,42 @@ settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_choice("optimizer", optimizer, ("adamw", "muon"))
 common.require_choice("schedule", schedule, ("constant", "cosine"))
-common.require_positive(settings, "batch_size", "block_size", "max_iters", "eval_interval", "eval_iters", "log_interval")
+common.require_positive(settings, "batch_size", "block_size", "max_iters", "gradient_accumulation_steps",
+                        "eval_interval", "eval_iters", "log_interval")
 
 # ---------------------------------------------------------------- set-up
 
 machine = common.Machine(device, dtype)
 path = Path(out_dir) / "flm.pt"
-data = common.Data(dataset, "train", block_size, seed)
-val_data = common.Data(dataset, "val", block_size, seed)
+data = Data(dataset, "train", block_size, seed)
+val_data = Data(dataset, "val", block_size, seed)
 local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
-checkpoint = common.load_resumable(path, init_from, settings, [*shape, "clock_embedding_share", "seed"])
+checkpoint = storage.load_resumable(path, init_from, settings, [*shape, "clock_embedding_share", "seed"])
 torch.manual_seed(seed)  # every process starts from the same weights
 if checkpoint:
-    common.require_same_vocabulary(checkpoint, data)
-    model = common.build_model(checkpoint, machine.device, "model")
+    storage.require_same_vocabulary(checkpoint, data)
+    model = storage.build_model(checkpoint, machine.device, "model")
 else:
-    model = common.new_model(data.meta["vocab_size"], shape, machine.device)
+    model = storage.new_model(data.meta["vocab_size"], shape, machine.device)
 ema = copy.deepcopy(model).eval()
 optimizers = common.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
-step, samples_seen = common.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
 
-clock = common.build_clock(model.config, clock_embedding_share, machine.device)
+clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
 net = torch.compile(model) if compile else model  # same weights, faster
-log = common.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
+log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
-    common.announce("flow language model", model, machine, data, sequences * block_size, max_iters, path, passes=3)
+    common.announce("flow language model", model, machine, len(data.tokens), sequences * block_size, max_iters, path,
+                    passes=3)
 
 
 def noise(E, factor, samples, purpose):
     """z0 (B, L, d) for these sample numbers; training and validation draw for different purposes."""
-    return latent_noise(E, factor, common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device))
+    normal = common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device)
+    return latent_noise(E, factor, normal)
 
 
 @torch.no_grad()
@@ -124,7 +129,7 @@ def validate() -> tuple[float, list[float]]:
 
 
 def save() -> None:
-    common.save_run(path, "flm", model, ema, optimizers, machine, settings, data, clock_embedding_share, step,
+    storage.save_run(path, "flm", model, ema, optimizers, machine, settings, data, clock_embedding_share, step,
                     samples_seen)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flow import (Clock, by_tokens, corrupt, cross_entropy, expected_embedding, flow_loss, latent_noise, most_likely,
+from flow import (Clock, corrupt, cross_entropy, expected_embedding, flow_loss, latent_noise, most_likely,
                   move, noise_factor, sample_flow, step_size, stratified)
 
 SIZES = [2, 26, 1024, 50257, 262144]

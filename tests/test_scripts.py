@@ -189,6 +189,12 @@ def test_two_processes_are_one(toy, tmp_path):
     (["distill.py", "--diagonal_share=1"], "diagonal_share=1.0 of batch_size=64 leaves no row for jumps"),
     (["distill.py", "--out_dir=nowhere"],
      "no checkpoint nowhere/flm.pt; train.py writes flm.pt, distill.py reads it and writes fmlm.pt"),
+    (["train.py", "--device=gpu"], "device=gpu: PyTorch cannot use it here; choose auto, cpu, cuda or mps"),
+    (["train.py", "--n_head=3"], "n_embd=256 must be an even multiple of n_head=3"),
+    (["train.py", "--dropout=2"], "dropout=2.0 must lie between 0 and 1"),
+    (["train.py", "--batch_size=0"], "batch_size=0: must be positive"),
+    (["train.py", "--init_from=resume", "--seed=2"],
+     "{folder}/out/flm.pt was made with block_size=8, not 64; resume with that, or start again with --init_from=scratch"),
     (["sample.py", "--steps=0"], "steps=0: expected positive numbers such as 1 or 1,2,4,8"),
     (["sample.py", "--steps=1,x"], "steps=1,x: expected positive numbers such as 1 or 1,2,4,8"),
     (["sample.py", "--gamma=2"], "gamma=2.0: must lie between 0 and 1"),
@@ -220,7 +226,7 @@ def test_config_file(toy, tmp_path, monkeypatch):
 
 def test_help_lists_the_settings():
     output = run("train.py", "--help")
-    assert "Train a flow language model" in output and "learning_rate = " in output and "# -- model" in output
+    assert "machine =" not in output and "Train a flow language model" in output and "learning_rate = " in output and "# -- model" in output
 
 
 def test_every_config_file_has_only_known_settings():
