@@ -286,6 +286,15 @@ def announce(what: str, model: FlowTransformer, machine: Machine, train_tokens: 
           f"-> {path}", flush=True)
 
 
+def bin_means(sums: Tensor, counts: Tensor) -> list[float | None]:
+    """sums / counts, None where a bin is empty."""
+    return [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist())]
+
+
+def show(bins: Iterable[float | None]) -> str:
+    return " ".join("-" if x is None else f"{x:.2f}" for x in bins)
+
+
 class Progress:
     """Speed and time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint be written."""
 

@@ -133,7 +133,7 @@ def loss_terms(model, target, y, tau_s, tau_t, z0):
 
 
 @torch.no_grad()
-def validate() -> tuple[float, list[float]]:
+def validate() -> tuple[float, list[float | None]]:
     """Of the moving average, on held-out text, nats a token: the loss on the diagonal, then the loss of jumps in tenths
     of their length on the clock, full jumps among the last. The same texts, times and noise at every call."""
     total = torch.zeros(2, 11, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
@@ -147,7 +147,7 @@ def validate() -> tuple[float, list[float]]:
         bins[:n_diagonal] = 0
         total.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
     losses, counts = machine.total(total).cpu()
-    return (losses.sum() / counts.sum()).item(), (losses / counts.clamp_min(1)).tolist()
+    return (losses.sum() / counts.sum()).item(), common.bin_means(losses, counts)
 
 
 def save() -> None:
@@ -167,8 +167,8 @@ while True:
         mean, bins = validate()
         log.write(step, val_loss=mean, val_diagonal=bins[0], val_loss_by_length=bins[1:])
         if machine.main:
-            print(f"step {step}: validation loss {mean:.3f}; diagonal {bins[0]:.3f}; "
-                  f"by length 0..1: {' '.join(f'{x:.2f}' for x in bins[1:])}", flush=True)
+            print(f"step {step}: validation loss {mean:.3f}; diagonal {common.show(bins[:1])}; "
+                  f"by length 0..1: {common.show(bins[1:])}", flush=True)
         if step > 0:
             save()
         progress.restart(step)

@@ -108,7 +108,7 @@ def noise(E, factor, samples, purpose):
 
 
 @torch.no_grad()
-def validate() -> tuple[float, list[float]]:
+def validate() -> tuple[float, list[float | None]]:
     """Mean cross-entropy (nats a token) of the moving average on held-out text, and its mean in tenths of tau. Not a
     likelihood: its exponential is not a perplexity. The same texts, times and noise at every call."""
     total = torch.zeros(2, 10, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
@@ -125,7 +125,7 @@ def validate() -> tuple[float, list[float]]:
         total.index_add_(1, (times * 10).long().clamp_max(9),
                          torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
     losses, counts = machine.total(total).cpu()
-    return (losses.sum() / counts.sum()).item(), (losses / counts.clamp_min(1)).tolist()
+    return (losses.sum() / counts.sum()).item(), common.bin_means(losses, counts)
 
 
 def save() -> None:
@@ -145,7 +145,7 @@ while True:
         mean, bins = validate()
         log.write(step, val_loss=mean, val_loss_by_tau=bins)
         if machine.main:
-            print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: {' '.join(f'{x:.2f}' for x in bins)}")
+            print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: {common.show(bins)}", flush=True)
         if step > 0:
             save()
         progress.restart(step)
