@@ -192,7 +192,7 @@ while True:
     step, samples_seen = step + 1, samples_seen + sequences
 
     if step % log_interval == 0:
-        value, cut = (machine.total(means) / machine.world).tolist()            # the only wait for the device
+        value, cut = (machine.total(means) / machine.world).tolist()            # waits for the device
         common.require_finite(value, step)
         log.write(step, loss=value, lr=lr, grad_norm=norm.item(), off_simplex=cut)
         if machine.main:

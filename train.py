@@ -172,7 +172,7 @@ while True:
     step, samples_seen = step + 1, samples_seen + sequences
 
     if step % log_interval == 0:
-        value = machine.total(step_loss).item() / machine.world                 # the only wait for the device
+        value = machine.total(step_loss).item() / machine.world                 # waits for the device
         common.require_finite(value, step)
         log.write(step, loss=value, lr=lr, grad_norm=norm.item())
         if machine.main:

@@ -15,9 +15,9 @@ n_layer = 3
 n_head = 4
 n_embd = 128
 block_size = 8
-position_std = 3.0               # larger than the noise, so that layer norm does not divide by the noise's own length,
-                                 # which differs between two mirrored letters that must take the same decision
-time_scale = 1000.0              # a full jump gets a time of its own; better at one step, worse at several
+position_std = 3.0               # larger than the noise: better at one step. The likely reason: layer norm divides by the
+                                 # length of its input, the noise's own, which differs between two mirrored letters
+time_scale = 1000.0              # better at one step, worse at several
 batch_size = 128
 max_iters = 1000
 learning_rate = 3e-3
