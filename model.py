@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "a
           "flex"  flex_attention, compiled: soft cap without an (L, L) matrix, CUDA only in practice;
           "math"  plain matrix products: the reference, and the only one forward-mode derivatives pass through;
           "auto"  sdpa without a cap, flex on CUDA with one, math elsewhere. Also math for up to 256 tokens on a CPU,
-                  where sdpa is slower: its backward pass is written for long sequences.
+                  where the backward pass of sdpa is slower.
     Raises ValueError for sdpa with a cap and for an unknown path.
     """
     if path == "auto":
