@@ -1,4 +1,4 @@
-"""What the programs share: settings, the device and its processes, randomness, optimizers, progress. No mathematics.
+"""What the programs share: settings, the device and its processes, randomness, progress. No mathematics.
 
 - settings are the plain globals of each script; a config file and `--key=value` replace them, and nothing else can;
 - every random number of a run is a function of (seed, what it is for, index of the sample), never of how many were
@@ -14,7 +14,9 @@ import runpy
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from model import FlowTransformer
 
 def fail(message: str):
     """A mistake of the user: one line on stderr and exit status 1, no traceback."""
-    sys.exit(f"error: {message}")
+    sys.exit("error: " + " ".join(message.splitlines()))
 
 
 # ---------------------------------------------------------------- settings
@@ -37,8 +39,11 @@ def configure(script: dict, argv: list[str]) -> dict:
     and then by `--key=value` or `--key value`.
 
     script: the caller's globals(). Returns only the settings; the caller puts them back with globals().update.
-    Exits with one line for an unknown key (naming the nearest), a wrong type, or an unreadable config file.
+    `--key` alone means true. A config file is Python: it may import and compute, and `_names` are its own.
+    Exits with one line for an unknown key (naming the nearest), a wrong type, or an unreadable config file. From here on
+    Ctrl-C ends the program without a traceback; `Progress` makes it end with a checkpoint.
     """
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     settings = {key: value for key, value in script.items()
                 if key.islower() and not key.startswith("_") and type(value) in (bool, int, float, str)}
     if "--help" in argv or "-h" in argv:
@@ -52,40 +57,46 @@ def configure(script: dict, argv: list[str]) -> dict:
             fail(f"no config file {path!r}; there are: {' '.join(sorted(map(str, Path('config').glob('*.py'))))}")
         try:
             assigned = runpy.run_path(path)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fail(f"config file {path}: {type(error).__name__}: {error}")
         for key, value in assigned.items():
-            if not key.startswith("_"):
+            if not (key.startswith("_") or callable(value) or isinstance(value, types.ModuleType)):
                 settings[key] = checked(settings, key, value, f"in {path}")
     while argv:
         word = argv.pop(0)
         if not word.startswith("--"):
             fail(f"cannot read {word!r}; settings are given as --key=value, a config file comes first")
         key, has_value, value = word[2:].partition("=")
-        if not has_value:
-            if not argv or argv[0].startswith("--"):
-                fail(f"--{key} needs a value, as in --{key}=1")
+        require_known(settings, key, "on the command line")
+        if not has_value and (not argv or argv[0].startswith("--")):
+            if type(settings[key]) is not bool:
+                fail(f"--{key} needs a value, such as --{key}={settings[key]}")
+            value = "true"
+        elif not has_value:
             value = argv.pop(0)
         settings[key] = checked(settings, key, value, "on the command line")
     return settings
 
 
-def checked(settings: dict, key: str, value: object, where: str) -> object:
-    """The value for settings[key], in the type of its default. Exits when there is no such key or the type differs."""
+def require_known(settings: dict, key: str, where: str) -> None:
     if key not in settings:
         nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0.0)[0]
         fail(f"unknown setting {key!r} {where}; did you mean {nearest!r}?")
+
+
+def checked(settings: dict, key: str, value: object, where: str) -> object:
+    """The value for settings[key], in the type of its default. Exits when there is no such key, the type differs or the
+    number is not finite."""
+    require_known(settings, key, where)
     wanted = type(settings[key])
     try:
         if isinstance(value, str) and wanted is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        if isinstance(value, str) and wanted in (int, float):
-            return wanted(value)
-        if wanted is float and type(value) is int:
-            return float(value)
-    except (KeyError, ValueError):
+        if isinstance(value, str) and wanted in (int, float) or type(value) is int and wanted is float:
+            value = wanted(value)
+    except (KeyError, ValueError, OverflowError):
         pass
-    if type(value) is not wanted:
+    if type(value) is not wanted or wanted is float and not math.isfinite(value):
         fail(f"{key}={value} {where}: expected {wanted.__name__}, such as {settings[key]!r}")
     return value
 
@@ -95,10 +106,24 @@ def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
         fail(f"{key}={value}: choose {', '.join(choices)}")
 
 
-def require_positive(settings: dict, *keys: str) -> None:
+def require_in(settings: dict, interval: str, *keys: str) -> None:
+    """Exits unless every settings[key] lies in the interval, written as in mathematics: "[0, 1)", "(0, inf)"."""
+    low, high = map(float, interval[1:-1].split(","))
     for key in keys:
-        if settings[key] <= 0:
-            fail(f"{key}={settings[key]}: must be positive")
+        value = settings[key]
+        if not low <= value <= high or value == low and interval[0] == "(" or value == high and interval[-1] == ")":
+            fail(f"{key}={value}: must lie in {interval}")
+
+
+def require_trainable(settings: dict) -> None:
+    """What train.py and distill.py ask of the settings that both have."""
+    require_choice("optimizer", settings["optimizer"], ("adamw", "muon"))
+    require_choice("schedule", settings["schedule"], ("constant", "cosine"))
+    require_in(settings, "[1, inf)", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
+               "eval_iters", "log_interval")
+    require_in(settings, "(0, inf)", "learning_rate")
+    require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed")
+    require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay", "dropout")
 
 
 def parse_steps(text: str) -> list[int]:
@@ -138,8 +163,9 @@ class Machine:
             fail(f"device={device}: PyTorch cannot use it here; choose auto, cpu, cuda or mps")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.world > 1 and not dist.is_initialized():  # gloo on GPUs too: asking who was interrupted costs no sync
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=timedelta(minutes=10))
         require_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
         self.dtype = fast_dtype(self.device.type) if dtype == "auto" else dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
@@ -154,10 +180,14 @@ class Machine:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
+    def total(self, tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+        """The sum of a tensor over all processes, or their minimum. Exits when another process has gone: its own words
+        are the ones to read."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            try:
+                dist.all_reduce(tensor, operation)
+            except RuntimeError as error:
+                fail(f"process {self.rank} stops because another one did, see there ({str(error).splitlines()[0]})")
         return tensor
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -204,64 +234,46 @@ def sample_normals(seed: int, samples: Iterable[int], L: int, device: torch.devi
     return lambda n: torch.stack([torch.randn(L, n, generator=g, device=device) for g in generators])
 
 
-# ---------------------------------------------------------------- optimizers, schedule, moving average
-
-def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, betas: tuple[float, float],
-                    weight_decay: float) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and re.search(r"(qkv|attn_out|mlp_in|mlp_out)\.weight", name)]
-    muon = {id(p) for p in hidden} if optimizer == "muon" else set()
-    device = named[0][1].device.type
-    optimizers = [torch.optim.AdamW([p for _, p in named if id(p) not in muon], learning_rate, betas,
-                                    weight_decay=weight_decay, fused=device in ("cuda", "cpu"))]
-    if muon:  # its step is rescaled to the size of AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-
-def optimizer_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine, grad_clip: float
-                   ) -> Tensor:
-    """Average the gradients over the processes, clip, step. Returns the norm before clipping, still on the device."""
-    machine.average_gradients(model.parameters())
-    for optimizer in optimizers:
-        machine.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for optimizer in optimizers:
-        machine.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    machine.scaler.update()
-    return norm
-
-
-def learning_rate_at(step: int, peak: float, final: float, schedule: str, warmup_iters: int, max_iters: int) -> float:
-    """Linear warm-up to `peak`, then "constant", or "cosine" down to `final` at max_iters."""
-    if step < warmup_iters:
-        return peak * (step + 1) / warmup_iters
-    if schedule == "constant":
-        return peak
-    done = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
-    return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema <- decay ema + (1 - decay) model, with decay at most (1 + step)/(10 + step) so that the start is forgotten."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
-
-
 # ---------------------------------------------------------------- the run
 
-def require_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        fail(f"the loss became {loss} at step {step}; the last checkpoint is untouched; try a lower learning_rate")
+class LossWatch:
+    """Remembers the first step with a loss that is not a finite number, and the times drawn there, on the device: to
+    look at every loss would be to wait for it.
+
+    names: what to call the times. Steps count from 1, as in the log.
+    """
+
+    def __init__(self, machine: Machine, *names: str):
+        self.machine, self.names = machine, names
+        self.first = torch.full((1 + len(names),), math.inf, device=machine.device)  # step, times
+
+    def see(self, step: int, losses: Tensor, *times: Tensor) -> None:
+        """losses (B,) and times (B,) each of a micro-step."""
+        bad = ~losses.isfinite()
+        row = bad.int().argmax(0, keepdim=True)                                 # the first such row
+        here = torch.cat([torch.where(bad.any(), step, math.inf)[None], *(t.gather(0, row) for t in times)])
+        self.first = torch.where(here[0] < self.first[0], here, self.first)
+
+    def check(self) -> None:
+        """Exits if there was such a step: the process where it came up first says so. Waits for the device."""
+        step, *times = self.first.tolist()
+        first = self.machine.total(self.first[0].clone(), dist.ReduceOp.MIN).item()
+        if first < math.inf:
+            if step > first:
+                sys.exit(1)
+            where = ", ".join(f"{name} = {time:.6g}" for name, time in zip(self.names, times))
+            fail(f"the loss is not a finite number at step {step:.0f}, first for a text at {where}; the last checkpoint "
+                 f"is untouched; try a lower learning_rate")
+
+
+def compiled(model: nn.Module, machine: Machine) -> nn.Module:
+    """torch.compile(model), which shares its weights. A trifle is compiled first: exits where that does not work."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=machine.device))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        fail(f"compile=true does not work here ({reason}); install a C++ compiler such as g++, or set compile=false")
+    return torch.compile(model)
 
 
 def share_of_steps(gradient_accumulation_steps: int, machine: Machine) -> int:
@@ -296,7 +308,8 @@ def show(bins: Iterable[float | None]) -> str:
 
 
 class Progress:
-    """Speed and time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint be written."""
+    """Speed and time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint be written. A
+    second Ctrl-C ends at once (not under torchrun, which passes the first one on a second time)."""
 
     def __init__(self, step: int, max_iters: int, tokens_per_step: int):
         self.max_iters, self.tokens_per_step, self.interrupted, self.stopped = max_iters, tokens_per_step, False, False
@@ -305,15 +318,13 @@ class Progress:
             signal.signal(number, self.stop)
 
     def stop(self, number, frame):
+        if self.interrupted and number == signal.SIGINT and not dist.is_initialized():
+            sys.exit(130)
         self.interrupted = True
 
-    def should_stop(self, step: int, machine: Machine) -> bool:
-        """Whether any process was interrupted. They must agree, or the others would wait for the one that left: they
-        ask each other every tenth step."""
-        if machine.world == 1:
-            self.stopped = self.interrupted
-        elif step % 10 == 0:
-            self.stopped = bool(machine.total(torch.tensor(float(self.interrupted), device=machine.device)))
+    def should_stop(self, machine: Machine) -> bool:
+        """Whether any process was interrupted. They must agree, or the others would wait for the one that left."""
+        self.stopped = bool(machine.total(torch.tensor(float(self.interrupted))))
         return self.stopped
 
     def restart(self, step: int) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import common
+import optim
 import storage
 from data.loader import Data
 from flow import latent_noise, noise_factor, stratified
@@ -27,7 +28,10 @@ from flowmap import OBJECTIVES, distillation_loss, off_diagonal_times
 # -- input and output
 out_dir = "out/pydocs"           # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
 dataset = "pydocs"               # must have the vocabulary that the FLM was trained on
-init_from = "scratch"            # from out_dir/flm.pt; or resume: continue out_dir/fmlm.pt exactly
+teacher = ""                     # the FLM, ours or one the authors released (.ckpt); "" = out_dir/flm.pt
+trust_checkpoint = False         # read the teacher although its file holds Python objects besides tensors
+block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
+init_from = "scratch"            # from the teacher; or resume: continue out_dir/fmlm.pt exactly
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
@@ -51,7 +55,7 @@ optimizer = "adamw"              # or muon, for the matrices inside the blocks
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.0
-grad_clip = 1.0                  # largest norm of the gradient
+grad_clip = 1.0                  # largest norm of the gradient; 0 = any
 ema_decay = 0.999                # moving average of the weights: what is validated and sampled
 # -- system
 device = "auto"                  # cuda, mps or cpu
@@ -62,10 +66,10 @@ seed = 1
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_choice("objective", objective, OBJECTIVES)
-common.require_choice("optimizer", optimizer, ("adamw", "muon"))
-common.require_choice("schedule", schedule, ("constant", "cosine"))
-common.require_positive(settings, "batch_size", "max_iters", "gradient_accumulation_steps", "eval_interval",
-                        "eval_iters", "log_interval")
+common.require_trainable(settings)
+common.require_in(settings, "[0, 1)", "diagonal_share")
+common.require_in(settings, "[0, 1]", "full_jump_share")
+common.require_in(settings, "[0, inf)", "block_size")
 
 # ---------------------------------------------------------------- set-up
 
@@ -77,31 +81,32 @@ n_diagonal = round(diagonal_share * batch_size)
 if not 0 <= n_diagonal < batch_size:
     common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
 
-flm = storage.load_checkpoint(Path(out_dir) / "flm.pt")
-checkpoint = storage.load_resumable(path, init_from, settings, ["objective", "self_distill", "dropout", "seed"])
+teacher = teacher or str(Path(out_dir) / "flm.pt")
+flm = storage.load_checkpoint(teacher, "flm", trust_checkpoint)
+block_size = storage.set_length(flm, block_size, teacher)
+checkpoint = storage.load_resumable(path, "fmlm", init_from, settings,
+                                    ["block_size", "objective", "self_distill", "dropout", "optimizer", "seed"])
 torch.manual_seed(seed)  # every process starts from the same weights
-block_size = flm["model_config"]["block_size"]
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
 storage.require_same_vocabulary(flm, data)
 
-teacher = storage.build_model(flm, machine.device)
+flow = storage.build_model(flm, machine.device)
 if checkpoint:
     student = storage.build_model(checkpoint, machine.device, "model")
-    if not torch.equal(student.embed.weight, teacher.embed.weight):
-        common.fail(f"{path} was distilled from another flm.pt; start again with --init_from=scratch")
+    if not torch.equal(student.embed.weight, flow.embed.weight):
+        common.fail(f"{path} was distilled from another FLM than {teacher}; start again with --init_from=scratch")
 else:
     student = storage.build_model(flm, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
 ema = copy.deepcopy(student).eval()
-optimizers = common.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
+optimizers = optim.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
 step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
 
-clock = storage.build_clock(teacher.config, flm["clock_embedding_share"], machine.device)
+clock = storage.build_clock(flow.config, flm["clock_embedding_share"], machine.device)
 E = student.embed.weight
 factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
-net = torch.compile(student) if compile else student
-teacher_net = torch.compile(teacher) if compile else teacher
+net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
 log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
     common.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,
@@ -159,11 +164,13 @@ def save() -> None:
 
 resumed_at = step if checkpoint else None  # that step's validation is in the log already
 progress = common.Progress(step, max_iters, sequences * block_size)
+watch = common.LossWatch(machine, "tau_s", "tau_t")
 while True:
-    lr = common.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
-    common.set_learning_rate(optimizers, lr)
+    lr = optim.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
+    optim.set_learning_rate(optimizers, lr)
 
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
+        watch.check()
         mean, bins = validate()
         log.write(step, val_loss=mean, val_diagonal=bins[0], val_loss_by_length=bins[1:])
         if machine.main:
@@ -172,7 +179,7 @@ while True:
         if step > 0:
             save()
         progress.restart(step)
-    if step >= max_iters or progress.should_stop(step, machine):
+    if step >= max_iters or progress.should_stop(machine):
         break
 
     tau_s, tau_t = draw_times(gradient_accumulation_steps, full_jump_share, common.generator(seed, 4, step))
@@ -182,18 +189,19 @@ while True:
     for i in range(local_steps):
         j = i * machine.world + machine.rank                                    # this micro-step among all processes'
         first = samples_seen + j * batch_size
-        y = machine.put(data.rows(first, batch_size))
-        loss, cut = loss_terms(net, ema if target_ema else net, y, machine.put(tau_s[j]), machine.put(tau_t[j]),
-                               noise(range(first, first + batch_size), 6))
-        machine.scaler.scale(loss.mean() / local_steps).backward()
-        means += torch.stack([loss.detach().mean(), cut.mean()]) / local_steps
-    norm = common.optimizer_step(student, optimizers, machine, grad_clip)
-    common.update_ema(ema, student, ema_decay, step)
+        y, start, end = machine.put(data.rows(first, batch_size)), machine.put(tau_s[j]), machine.put(tau_t[j])
+        losses, cut = loss_terms(net, ema if target_ema else net, y, start, end,
+                                 noise(range(first, first + batch_size), 6))
+        machine.scaler.scale(losses.mean() / local_steps).backward()
+        means += torch.stack([losses.detach().mean(), cut.mean()]) / local_steps
+        watch.see(step + 1, losses.detach(), start, end)
+    norm = optim.optimizer_step(student, optimizers, machine, grad_clip)
+    optim.update_ema(ema, student, ema_decay, step)
     step, samples_seen = step + 1, samples_seen + sequences
 
     if step % log_interval == 0:
-        value, cut = (machine.total(means) / machine.world).tolist()            # waits for the device
-        common.require_finite(value, step)
+        watch.check()                                                           # waits for the device
+        value, cut = (machine.total(means) / machine.world).tolist()
         log.write(step, loss=value, lr=lr, grad_norm=norm.item(), off_simplex=cut)
         if machine.main:
             outside = f" | off simplex {cut:.1%}" if objective != "psd" else ""

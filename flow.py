@@ -122,8 +122,12 @@ def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
     with torch.autocast(E.device.type, enabled=False):
         E = E if E.dtype == torch.float64 else E.float()
         gram = E.T @ E
-        jitter = 1e-6 * gram.diagonal().mean().detach()
-        return torch.linalg.cholesky_ex(gram + jitter * torch.eye(d, dtype=E.dtype, device=E.device))[0]
+        identity = torch.eye(d, dtype=E.dtype, device=E.device)
+        with torch.no_grad():
+            jitter = 1e-6 * gram.diagonal().mean()
+            failed = torch.linalg.cholesky_ex(gram + jitter * identity).info > 0
+            jitter = torch.where(failed, 1e-5 * gram.norm(), jitter)  # norm: the largest eigenvalue or more
+        return torch.linalg.cholesky_ex(gram + jitter * identity).L
 
 
 def latent_noise(E: Tensor, factor: Tensor | None, normal: Callable[[int], Tensor]) -> Tensor:

@@ -3,6 +3,8 @@
     python sample.py --steps 1                    # one network evaluation a text, with the flow map in out_dir
     python sample.py --steps 1,2,4,8              # the same noise, decoded in more and more steps
     python sample.py --out_dir=out/owt --num_samples=64 --out=samples.jsonl
+    python sample.py --init_from=owt_fmlm.ckpt --steps 1                              # a checkpoint the authors released
+    python sample.py --init_from=lm1b_fmlm.ckpt --vocabulary=vocab.txt --steps 1      # with bert-base-uncased's tokens
 
 Reads out_dir/fmlm.pt, or flm.pt if there is no flow map yet. Needs no data folder: the tokenizer is in the checkpoint.
 """
@@ -13,16 +15,19 @@ from pathlib import Path
 
 import common
 import storage
-from data import tokenizer
 from flow import latent_noise, noise_factor, sample_flow
 from flowmap import sample_flow_map
 
 out_dir = "out/pydocs"           # where train.py and distill.py wrote
+init_from = ""                   # a checkpoint instead of those in out_dir: ours, or one the authors released (.ckpt)
+trust_checkpoint = False         # read it although it holds Python objects besides tensors
+vocabulary = ""                  # a released checkpoint's tokens: vocab.txt or tokenizer.json; GPT-2's need no file
 model = "auto"                   # fmlm, flm, or auto: fmlm if there is one
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 flow_steps = 0                   # beside a flow map, also decode the same noise with the flow, in this many steps
 num_samples = 4
 batch_size = 64                  # texts generated at once; does not change them
+block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
 gamma = 0.0                      # flow map only: 0 deterministic, up to 1 = fresh noise after every step
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu
@@ -31,23 +36,28 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
-common.require_positive(settings, "num_samples", "batch_size")
+common.require_in(settings, "[1, inf)", "num_samples", "batch_size")
+common.require_in(settings, "[0, inf)", "flow_steps", "block_size", "seed")
+common.require_in(settings, "[0, 1]", "gamma")
 
 # ---------------------------------------------------------------- set-up
 
 wanted = common.parse_steps(steps)
-if not 0 <= gamma <= 1:
-    common.fail(f"gamma={gamma}: must lie between 0 and 1")
+if flow_steps and init_from:
+    common.fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from")
 machine = common.Machine(device, dtype)
-checkpoint = storage.find_checkpoint(Path(out_dir), model)
+checkpoint = storage.find_checkpoint(Path(out_dir), model, init_from, trust_checkpoint)
+L = storage.set_length(checkpoint, block_size, init_from)
 is_map = checkpoint["model_config"]["flow_map"]
 if gamma and not is_map:
     common.fail("gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0")
 net = storage.build_model(checkpoint, machine.device)
-flow = storage.build_model(storage.load_checkpoint(Path(out_dir) / "flm.pt"), machine.device) if flow_steps else None
+flow = storage.build_model(storage.load_checkpoint(Path(out_dir) / "flm.pt", "flm"), machine.device) if flow_steps else None
+if flow and not (flow.embed.weight.shape == net.embed.weight.shape and flow.embed.weight.equal(net.embed.weight)):
+    common.fail(f"{out_dir}/flm.pt is not the flow that the flow map was distilled from; run distill.py again")
 clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
-encoding = tokenizer.from_dict(checkpoint["tokenizer"])
-E, L = net.embed.weight.detach(), net.config.block_size
+encoding = storage.find_tokenizer(checkpoint, vocabulary)
+E = net.embed.weight.detach()
 factor = noise_factor(E, E.size(1))  # the same kind of noise however many texts are asked for
 
 

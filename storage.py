@@ -7,15 +7,20 @@ the number of samples seen are the state of every random generator and of the pl
 
 import json
 import os
+import pickle
 import sys
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
 
+import released
 from common import Machine, fail, require_choice
+from data import corpus, tokenizer
 from data.loader import Data
 from flow import Clock
 from model import FlowTransformer, ModelConfig
@@ -23,66 +28,133 @@ from model import FlowTransformer, ModelConfig
 
 # ---------------------------------------------------------------- files
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write atomically: the file at `path` is always a whole checkpoint. Exits with one line when it cannot."""
-    part = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); the last checkpoint is untouched")
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """One JSON object a line, atomically. Exits with one line when it cannot."""
+def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write atomically: `write` fills a new file, which then takes the place of the one at `path`. Exits with one line,
+    the old file as it was, when the disk is full or anything else is in the way."""
     part = path.with_suffix(path.suffix + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
+        try:
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch reports a write that failed as a RuntimeError on top of it
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        fail(f"cannot write {path} ({getattr(cause, 'strerror', None) or cause}); what was there is untouched")
 
 
-def load_checkpoint(path: Path | str) -> dict:
-    """Read a checkpoint of train.py or distill.py, into main memory. Exits with one line when it is missing or is
-    something else."""
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint, atomically: see `replace_file`."""
+    replace_file(path, lambda file: torch.save(checkpoint, file))
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    """Write one JSON object a line, atomically: see `replace_file`."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    replace_file(path, lambda file: file.write(lines.encode()))
+
+
+KINDS = {"flm": "a flow (FLM, from train.py)", "fmlm": "a flow map (FMLM, from distill.py)"}
+
+
+def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> dict:
+    """Read a checkpoint of train.py or distill.py, or one the authors released (released.py), into main memory.
+
+    kind: "flm" or "fmlm" when only that will do. trust: the file may hold Python objects besides tensors.
+    Exits with one line when the file is missing, damaged, of another kind or something else.
+    """
     if not Path(path).is_file():
         fail(f"no checkpoint {path}; train.py writes flm.pt, distill.py reads it and writes fmlm.pt")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["format"] == "flm-1"
-    except Exception as error:
-        fail(f"{path} is not a checkpoint of train.py or distill.py ({type(error).__name__})")
+        checkpoint = read_tensors(path, trust)
+        if "state_dict" in checkpoint:
+            checkpoint = released.translate(checkpoint)
+        if checkpoint["format"] != "flm-1":
+            raise ValueError(f"its format is {checkpoint['format']!r}")
+    except pickle.UnpicklingError:
+        fail(f"{path} holds Python objects besides tensors, and to read those can run any program; if you trust where it "
+             f"comes from, add --trust_checkpoint to sample.py or distill.py")
+    except zipfile.BadZipFile as error:
+        fail(f"{path} is damaged, or no checkpoint at all ({error})")
+    except Exception as error:  # a foreign file can raise anything
+        fail(f"{path} is no checkpoint of train.py or distill.py, nor one the authors released "
+             f"({type(error).__name__}: {error})")
+    if kind and checkpoint["kind"] != kind:
+        fail(f"{path} is {KINDS[checkpoint['kind']]}; what is needed here is {KINDS[kind]}")
     return checkpoint
+
+
+def read_tensors(path: Path | str, trust: bool) -> dict:
+    """torch.load, which does not notice flipped bits by itself. Raises zipfile.BadZipFile for those and for other files,
+    pickle.UnpicklingError for objects besides tensors (unless trusted), and whatever a malformed pickle raises."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()  # the checksum of every member
+    if damaged:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        if not trust:
+            raise
+    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=released.only_torch)
 
 
 # ---------------------------------------------------------------- runs and networks
 
-def find_checkpoint(out_dir: Path, model: str) -> dict:
-    """The flow map in out_dir, else the flow, saying so; or the one named by model = "fmlm" or "flm"."""
+def find_checkpoint(out_dir: Path, model: str, init_from: str = "", trust: bool = False) -> dict:
+    """The checkpoint file init_from if named; else the flow map in out_dir, else the flow, saying so. model = "fmlm" or
+    "flm" asks for that kind."""
     require_choice("model", model, ("auto", "flm", "fmlm"))
+    if init_from:
+        return load_checkpoint(init_from, "" if model == "auto" else model, trust)
     flow, flow_map = out_dir / "flm.pt", out_dir / "fmlm.pt"
     if model == "auto" and flow.exists() and not flow_map.exists():
         print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens of steps", file=sys.stderr)
-        return load_checkpoint(flow)
+        return load_checkpoint(flow, "flm")
     if model != "flm" and flow.exists() and flow_map.exists() and flow.stat().st_mtime > flow_map.stat().st_mtime:
         print(f"{flow} is newer than {flow_map}: run distill.py for its flow map", file=sys.stderr)
-    return load_checkpoint(flow if model == "flm" else flow_map)
+    return load_checkpoint(flow, "flm") if model == "flm" else load_checkpoint(flow_map, "fmlm")
 
 
-def load_resumable(path: Path, init_from: str, settings: dict, fixed: Iterable[str]) -> dict | None:
+def set_length(checkpoint: dict, block_size: int, path: str) -> int:
+    """Make the network of a checkpoint one of texts of `block_size` tokens, 0 for as many as it was trained on, and
+    return how many that is. Exits when the network has a vector for each of its own positions, or nothing says how many."""
+    config = checkpoint["model_config"]
+    if config["learned_positions"] and block_size not in (0, config["block_size"]):
+        fail(f"block_size={block_size}: the network has learned its {config['block_size']} positions; leave it at 0")
+    config["block_size"] = block_size or config["block_size"]
+    if not config["block_size"]:
+        fail(f"{path} does not say how many tokens its texts have; give --block_size")
+    return config["block_size"]
+
+
+def find_tokenizer(checkpoint: dict, vocabulary: str):
+    """What decodes the tokens of a checkpoint: its own tokenizer; for a released one GPT-2's, or the file `vocabulary`."""
+    V = checkpoint["model_config"]["vocab_size"]
+    if vocabulary:
+        encoding = released.read_vocabulary(vocabulary)
+        if encoding.get_vocab_size() != V:
+            fail(f"{vocabulary} has {encoding.get_vocab_size()} tokens, the checkpoint {V}")
+        return encoding
+    if checkpoint["tokenizer"]:
+        return tokenizer.from_dict(checkpoint["tokenizer"])
+    if V != 50257:
+        fail(f"the checkpoint does not hold its {V} tokens; give --vocabulary=vocab.txt (for LM1B the one of "
+             f"bert-base-uncased)")
+    return corpus.gpt2_encoding()
+
+
+def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed: Iterable[str]) -> dict | None:
     """The checkpoint to continue for init_from = "resume", None for "scratch". Exits when it was made with other values
     of the `fixed` settings, which a run cannot change on the way."""
     require_choice("init_from", init_from, ("scratch", "resume"))
     if init_from == "scratch":
         return None
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, kind)
     for key in fixed:
         if settings[key] != checkpoint["settings"][key]:
             fail(f"{path} was made with {key}={checkpoint['settings'][key]}, not {settings[key]}; resume with that, or "
@@ -141,7 +213,13 @@ def restore_run(checkpoint: dict, ema: nn.Module, optimizers: list, machine: Mac
 
 
 def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
-    if checkpoint["vocabulary"] != data.meta["tokenizer"]:
+    """Exits when the data have another vocabulary than the checkpoint. A released one does not hold its vocabulary: its
+    size must do, and the name gpt2 where it has that size."""
+    same = checkpoint["vocabulary"] == data.meta["tokenizer"]
+    if checkpoint["vocabulary"] is None:
+        V = checkpoint["model_config"]["vocab_size"]
+        same = V == data.meta["vocab_size"] and (V != 50257 or data.tokenizer["name"] == "gpt2")
+    if not same:
         fail(f"{data.path.parent} has another vocabulary than the checkpoint; train on the set it was trained on")
 
 
@@ -176,7 +254,10 @@ class Log:
 
     def write(self, step: int, **values) -> None:
         if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(dict(step=step, **values)) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(dict(step=step, **values)) + "\n")
+            except OSError as error:
+                fail(f"cannot write {self.path} ({error.strerror}); the last checkpoint is untouched")
             if self.wandb:
                 self.wandb.log(values, step=step)

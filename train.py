@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import common
+import optim
 import storage
 from data.loader import Data
 from flow import flow_loss, latent_noise, noise_factor, stratified
@@ -57,7 +58,7 @@ optimizer = "adamw"              # or muon, for the matrices inside the blocks
 beta1 = 0.9
 beta2 = 0.99
 weight_decay = 0.0
-grad_clip = 1.0                  # largest norm of the gradient
+grad_clip = 1.0                  # largest norm of the gradient; 0 = any
 ema_decay = 0.999                # moving average of the weights: what is validated, sampled and distilled
 # -- system
 device = "auto"                  # cuda, mps or cpu
@@ -67,10 +68,10 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
-common.require_choice("optimizer", optimizer, ("adamw", "muon"))
-common.require_choice("schedule", schedule, ("constant", "cosine"))
-common.require_positive(settings, "batch_size", "block_size", "max_iters", "gradient_accumulation_steps",
-                        "eval_interval", "eval_iters", "log_interval")
+common.require_trainable(settings)
+common.require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
+common.require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
+common.require_in(settings, "[0, 1]", "clock_embedding_share")
 
 # ---------------------------------------------------------------- set-up
 
@@ -82,7 +83,8 @@ local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
-checkpoint = storage.load_resumable(path, init_from, settings, [*shape, "clock_embedding_share", "seed"])
+checkpoint = storage.load_resumable(path, "flm", init_from, settings,
+                                    [*shape, "clock_embedding_share", "optimizer", "seed"])
 torch.manual_seed(seed)  # every process starts from the same weights
 if checkpoint:
     storage.require_same_vocabulary(checkpoint, data)
@@ -90,11 +92,11 @@ if checkpoint:
 else:
     model = storage.new_model(data.meta["vocab_size"], shape, machine.device)
 ema = copy.deepcopy(model).eval()
-optimizers = common.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
+optimizers = optim.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
 step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
 
 clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
-net = torch.compile(model) if compile else model  # same weights, faster
+net = common.compiled(model, machine) if compile else model  # same weights, faster
 log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
     common.announce("flow language model", model, machine, len(data.tokens), sequences * block_size, max_iters, path,
@@ -137,11 +139,13 @@ def save() -> None:
 
 resumed_at = step if checkpoint else None  # that step's validation is in the log already
 progress = common.Progress(step, max_iters, sequences * block_size)
+watch = common.LossWatch(machine, "tau")
 while True:
-    lr = common.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
-    common.set_learning_rate(optimizers, lr)
+    lr = optim.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
+    optim.set_learning_rate(optimizers, lr)
 
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
+        watch.check()
         mean, bins = validate()
         log.write(step, val_loss=mean, val_loss_by_tau=bins)
         if machine.main:
@@ -149,7 +153,7 @@ while True:
         if step > 0:
             save()
         progress.restart(step)
-    if step >= max_iters or progress.should_stop(step, machine):
+    if step >= max_iters or progress.should_stop(machine):
         break
 
     # one random stream a step for the times, and one a step and process for dropout
@@ -164,16 +168,17 @@ while True:
         E = model.embed.weight
         z0 = noise(E, noise_factor(E, batch_size * block_size), range(first, first + batch_size), 6)
         with machine.autocast():
-            loss = flow_loss(net, clock, y, times, z0).mean()
-        machine.scaler.scale(loss / local_steps).backward()
-        step_loss += loss.detach() / local_steps
-    norm = common.optimizer_step(model, optimizers, machine, grad_clip)
-    common.update_ema(ema, model, ema_decay, step)
+            losses = flow_loss(net, clock, y, times, z0).mean(1)                # (B,)
+        machine.scaler.scale(losses.mean() / local_steps).backward()
+        step_loss += losses.detach().mean() / local_steps
+        watch.see(step + 1, losses.detach(), times)
+    norm = optim.optimizer_step(model, optimizers, machine, grad_clip)
+    optim.update_ema(ema, model, ema_decay, step)
     step, samples_seen = step + 1, samples_seen + sequences
 
     if step % log_interval == 0:
-        value = machine.total(step_loss).item() / machine.world                 # waits for the device
-        common.require_finite(value, step)
+        watch.check()                                                           # waits for the device
+        value = machine.total(step_loss).item() / machine.world
         log.write(step, loss=value, lr=lr, grad_norm=norm.item())
         if machine.main:
             print(f"step {step}/{max_iters} | loss {value:.3f} | lr {lr:.1e} | {progress.line(step)}", flush=True)

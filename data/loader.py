@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common import fail
+from data import tokenizer
 
 
 class Data:
@@ -13,23 +14,36 @@ class Data:
 
     Sample number n of a run is row n mod N of epoch n // N. Each epoch shuffles the rows, and, where the file is one
     continuous stream, also moves the cuts between them; a packed file (meta.json has its row_length) keeps its rows.
-    Exits with one line when the folder or a file is missing or does not fit L.
+    Exits with one line when the folder or a file is missing, not what prepare.py wrote, or does not fit L.
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, seed: int):
-        folder = Path(__file__).parent / dataset if not Path(dataset).is_dir() else Path(dataset)
+        here = Path(__file__).parent
+        folder = Path(dataset) if Path(dataset).is_dir() else here / dataset
         path = folder / f"{split}.bin"
         if not (folder / "meta.json").is_file() or not path.is_file():
-            fail(f"no data in {folder}; run: python data/{dataset}/prepare.py")
-        self.meta = json.loads((folder / "meta.json").read_text())
-        self.tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        self.tokens = np.memmap(path, np.dtype(self.meta["dtype"]), mode="r")
+            sets = sorted(script.parent.name for script in here.glob("*/prepare.py"))
+            fail(f"no data in {folder}; " + (f"run: python data/{dataset}/prepare.py" if dataset in sets else
+                                             f"the sets that can be prepared are {', '.join(sets)}"))
         self.path, self.L, self.seed, self.epoch = path, block_size, seed, -1
-        packed = self.meta["row_length"]
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            self.tokenizer = json.loads((folder / "tokenizer.json").read_text())
+            size, packed = np.dtype(self.meta["dtype"]).itemsize, self.meta["row_length"]
+            n_tokens = self.meta[f"{split}_tokens"]
+            if tokenizer.identity(self.tokenizer) != self.meta["tokenizer"]:
+                raise ValueError("tokenizer.json is not the one of meta.json")
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            fail(f"{folder} is damaged ({type(error).__name__}: {error}); run its prepare.py with --force")
+        found = path.stat().st_size
+        if found == 0 or found % size or found != n_tokens * size or packed and n_tokens % packed:
+            fail(f"{path} has {found:,} bytes where {n_tokens:,} tokens of {size} bytes were written; run its prepare.py "
+                 f"with --force")
         if packed and packed != block_size:
             fail(f"{path} holds rows of {packed} tokens; set --block_size={packed}")
-        if len(self.tokens) < block_size:
-            fail(f"{path} has {len(self.tokens):,} tokens, fewer than block_size={block_size}")
+        if n_tokens < block_size:
+            fail(f"{path} has {n_tokens:,} tokens, fewer than block_size={block_size}")
+        self.tokens = np.memmap(path, np.dtype(self.meta["dtype"]), mode="r")
         self.n_rows = len(self.tokens) // block_size if packed else max(1, len(self.tokens) // block_size - 1)
         spare = len(self.tokens) - self.n_rows * block_size
         self.shifts = 1 if packed else min(block_size, spare + 1)  # how many places the first cut can be at

@@ -1,4 +1,4 @@
-"""Every test: the repository root on the path, no network, few threads, the same random numbers."""
+"""Every test: the repository root on the path, no network, the same random numbers; and a toy run for those that ask."""
 
 import os
 import sys
@@ -16,3 +16,16 @@ import torch  # noqa: E402  (after the path and the environment)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with the toy set in data/, and in out/ a flow and a flow map trained on it for six steps; the settings of
+    both, and what train.py and distill.py printed. Nobody may write there."""
+    import programs
+    folder = tmp_path_factory.mktemp("toy")
+    programs.write_toy(folder / "data")
+    common = [f"--dataset={folder / 'data'}", f"--out_dir={folder / 'out'}", *programs.QUICK]
+    train = programs.run("train.py", *common, *programs.TINY)
+    distill = programs.run("distill.py", *common, "--batch_size", 8)
+    return folder, common, train, distill

@@ -1,12 +1,10 @@
 """python -m pytest tests/test_model.py
 
-model.py: every attention path gives the same values, the options do what they say, the network starts as promised, and
-it computes what the authors' network computes (golden numbers, where those files are at hand).
+model.py: every attention path gives the same values, the options do what they say, and the network starts as promised.
+That it computes what the authors' network computes is in test_released.py.
 """
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ import torch
 from flow import latent_noise
 from model import FlowTransformer, ModelConfig, attend, cap, rotary_table, rotate
 
-FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 SMALL = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8, n_time=8, dropout=0.0)
 
 
@@ -163,34 +160,3 @@ def test_wrong_inputs():
         network()(torch.randn(1, 7, 8), tau)
     with pytest.raises(ValueError, match="n_embd=8 must be an even multiple of n_head=3"):
         ModelConfig(**SMALL | dict(n_head=3))
-
-
-# ---------------------------------------------------------------- the authors' network
-
-RENAMED = [  # from the names in the released files to ours
-    (r"^backbone\.(_orig_mod\.)?", ""), (r"vocab_embed\.embedding", "embed.weight"),
-    (r"sigma_map_prime\.mlp\.", "time_t.mlp."), (r"sigma_map\.mlp\.", "time_s.mlp."),
-    (r"(time_.)\.mlp\.0", r"\1.fc1"), (r"(time_.)\.mlp\.2", r"\1.fc2"), (r"attn_qkv", "qkv"), (r"mlp\.0", "mlp_in"),
-    (r"mlp\.2", "mlp_out"), (r"output_layer\.norm_final", "norm_out"), (r"output_layer\.linear", "head"),
-    (r"output_layer\.adaLN_modulation", "modulation_out"), (r"adaLN_modulation", "modulation")]
-
-
-@pytest.mark.parametrize("kind", ["flm", "fmlm"])
-def test_golden_numbers_of_the_authors_network(kind):
-    path = FIXTURES / f"official_tiny_{kind}.ckpt"
-    if not path.exists():
-        pytest.skip(f"the golden files are not at {FIXTURES}")
-    file, golden = torch.load(path, weights_only=True), torch.load(path.with_suffix(".golden.pt"), weights_only=True)
-    names = [name for name in file["state_dict"] if not name.endswith("inv_freq")]
-    for pattern, ours in RENAMED:
-        names = [re.sub(pattern, ours, name) for name in names]
-    config = golden["config"]
-    model = FlowTransformer(ModelConfig(
-        config["vocab_size"], config["length"], config["n_blocks"], config["n_heads"], config["hidden_size"],
-        config["cond_dim"], 0.0, kind == "fmlm", learned_positions=False, time_scale=1.0, attention_softcap=50.0,
-        logit_softcap=30.0)).eval()
-    model.load_state_dict(dict(zip(names, file["ema"]["shadow_params"], strict=True)))
-    hidden = model(golden["x"] @ model.embed.weight, golden["tau_s"], golden["tau_t"])
-    assert torch.allclose(model.head(hidden).log_softmax(-1), golden["log_probs"], atol=1e-4)
-    model.head.softcap = 0.0
-    assert torch.allclose(model.head(hidden), golden["raw_logits"], atol=1e-4)

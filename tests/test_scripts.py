@@ -1,12 +1,8 @@
 """python -m pytest tests/test_scripts.py
 
-The programs as a user runs them, on a toy set: from data to one-step text, resuming, several processes, and what they
-say to mistakes.
+The programs as a user runs them, on a toy set: from data to one-step text, and their settings.
 """
 
-import json
-import os
-import runpy
 import subprocess
 import sys
 
@@ -14,47 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from programs import TINY, log, mistake, run
 
-from data import corpus, tokenizer
-
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_time=8", "--block_size=8", "--batch_size=8"]
-QUICK = ["--max_iters=6", "--eval_interval=3", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--dtype=float32"]
-
-
-def run(*command, status=0, launcher=(sys.executable,)):
-    """stdout of a program, which must end with this status, and without a traceback unless it succeeded."""
-    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout if status == 0 else done.stderr.strip()
-
-
-def mistake(monkeypatch, *command):
-    """What a script's error says. Run in this process: starting PyTorch anew for each of them would take minutes."""
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(command[0], run_name="__main__")
-    return stopped.value.code  # sys.exit(text) prints the text on stderr and ends with status 1
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A data folder of 16 characters, and a flow and a flow map trained on it for six steps."""
-    folder = tmp_path_factory.mktemp("toy")
-    text = "the cat sat on the mat. a dog ran to the red hut.\n" * 40
-    encoding = tokenizer.char_encoding(text, "toy")
-    ids = np.array(encoding.encode(text))
-    corpus.write_bins(folder / "data", encoding, [ids], [ids[:400]], None)
-    common = [f"--dataset={folder / 'data'}", f"--out_dir={folder / 'out'}", *QUICK]
-    train = run("train.py", *common, *TINY)
-    distill = run("distill.py", *common, "--batch_size", 8)
-    return folder, common, train, distill
-
-
-def log(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
+from data import tokenizer
 
 # ---------------------------------------------------------------- the way through
 
@@ -128,86 +86,7 @@ def test_every_objective_runs(toy, options, tmp_path):
     assert ("off simplex" in output) == (options[0] in ("--objective=lsd", "--objective=esd"))
 
 
-# ---------------------------------------------------------------- resuming, processes
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-@pytest.mark.parametrize("script, kind", [("train.py", "flm"), ("distill.py", "fmlm")])
-def test_resuming_is_exact(toy, script, kind, tmp_path):
-    """Six steps at once, and three and three: the same weights, averages, optimizer state and log, to the bit."""
-    folder, common, *_ = toy
-    shape = TINY if kind == "flm" else ["--batch_size=8"]
-    options = [*common, *shape, f"--out_dir={tmp_path}", "--dropout=0.1", "--schedule=constant"]
-    (tmp_path / "flm.pt").write_bytes((folder / "out" / "flm.pt").read_bytes())
-    run(script, *options)
-    whole, whole_log = torch.load(tmp_path / f"{kind}.pt"), log(tmp_path / f"{kind}.jsonl")
-    run(script, *options, "--max_iters=3")
-    run(script, *options, "--init_from=resume")
-    resumed = torch.load(tmp_path / f"{kind}.pt")
-    for key in ("model", "ema", "optimizers", "step", "generator"):
-        assert same(whole[key], resumed[key]), key
-    assert log(tmp_path / f"{kind}.jsonl") == whole_log
-
-
-def test_two_processes_are_one(toy, tmp_path):
-    """Data-parallel training with two processes takes the steps of one with twice the micro-steps."""
-    _, common, *_ = toy
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    states = []
-    for name, launcher in (("one", (sys.executable,)), ("two", torchrun)):
-        run("train.py", *common, *TINY, "--gradient_accumulation_steps=2", "--dropout=0", f"--out_dir={tmp_path / name}",
-            launcher=launcher)
-        states.append(torch.load(tmp_path / name / "flm.pt"))
-    for name, weight in states[0]["model"].items():
-        assert torch.allclose(weight, states[1]["model"][name], atol=1e-5), name
-    assert states[0]["generator"] == states[1]["generator"]
-
-
-# ---------------------------------------------------------------- mistakes
-
-@pytest.mark.parametrize("command, message", [
-    (["train.py", "--lerning_rate=1"], "unknown setting 'lerning_rate' on the command line; did you mean 'learning_rate'?"),
-    (["train.py", "--max_iters=ten"], "max_iters=ten on the command line: expected int, such as 1000"),
-    (["train.py", "--compile=maybe"], "compile=maybe on the command line: expected bool, such as False"),
-    (["train.py", "--seed"], "--seed needs a value, as in --seed=1"),
-    (["train.py", "--out_dir=x", "config/owt.py"],
-     "cannot read 'config/owt.py'; settings are given as --key=value, a config file comes first"),
-    (["train.py", "--init_from=gpt2"], "init_from=gpt2: choose scratch, resume"),
-    (["train.py", "--dtype=int8"], "dtype=int8: choose auto, bfloat16, float16, float32"),
-    (["train.py", "--optimizer=sgd"], "optimizer=sgd: choose adamw, muon"),
-    (["train.py", "--schedule=linear"], "schedule=linear: choose constant, cosine"),
-    (["train.py", "--block_size=500"], "{folder}/data/val.bin has 400 tokens, fewer than block_size=500"),
-    (["distill.py", "--objective=mse"], "objective=mse: choose psd, lsd, esd"),
-    (["distill.py", "--diagonal_share=1"], "diagonal_share=1.0 of batch_size=64 leaves no row for jumps"),
-    (["distill.py", "--out_dir=nowhere"],
-     "no checkpoint nowhere/flm.pt; train.py writes flm.pt, distill.py reads it and writes fmlm.pt"),
-    (["train.py", "--device=gpu"], "device=gpu: PyTorch cannot use it here; choose auto, cpu, cuda or mps"),
-    (["train.py", "--n_head=3"], "n_embd=256 must be an even multiple of n_head=3"),
-    (["train.py", "--dropout=2"], "dropout=2.0 must lie between 0 and 1"),
-    (["train.py", "--batch_size=0"], "batch_size=0: must be positive"),
-    (["train.py", "--init_from=resume", "--seed=2"],
-     "{folder}/out/flm.pt was made with block_size=8, not 64; resume with that, or start again with --init_from=scratch"),
-    (["sample.py", "--steps=0"], "steps=0: expected positive numbers such as 1 or 1,2,4,8"),
-    (["sample.py", "--steps=1,x"], "steps=1,x: expected positive numbers such as 1 or 1,2,4,8"),
-    (["sample.py", "--gamma=2"], "gamma=2.0: must lie between 0 and 1"),
-    (["sample.py", "--model=flm", "--gamma=0.5"],
-     "gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0"),
-    (["sample.py", "--model=gpt"], "model=gpt: choose auto, flm, fmlm"),
-])
-def test_mistakes_end_in_one_line(toy, command, message, monkeypatch):
-    folder, *_ = toy
-    options = [f"--out_dir={folder / 'out'}", "--device=cpu"]
-    options += [f"--dataset={folder / 'data'}"] if command[0] != "sample.py" else []
-    assert mistake(monkeypatch, command[0], *options, *command[1:]) == f"error: {message.format(folder=folder)}"
-
+# ---------------------------------------------------------------- settings
 
 def test_config_file(toy, tmp_path, monkeypatch):
     """A config file is Python, may compute, and loses to the command line."""

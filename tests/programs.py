@@ -1,0 +1,67 @@
+"""What the tests of the programs share: how to run one, how to read what it left, and a toy set to run it on."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from data import corpus, tokenizer
+
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_time=8", "--block_size=8", "--batch_size=8"]
+QUICK = ["--max_iters=6", "--eval_interval=3", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--dtype=float32"]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TWO = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+
+
+def start(*command, launcher=(sys.executable,)):
+    """The program, running, in its own session so that it can be killed as a whole."""
+    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run(*command, status=0, launcher=(sys.executable,)):
+    """stdout of a program, which must end with this status, or stderr when that is not 0."""
+    process = start(*command, launcher=launcher)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, out + err
+    return out if status == 0 else err.strip()
+
+
+def mistake(monkeypatch, *command):
+    """What a script's error says. Run in this process: starting PyTorch anew for each of them would take minutes. Any
+    exception but the error of one line fails the test, as it would show a user a traceback."""
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(command[0], run_name="__main__")
+    return stopped.value.code  # sys.exit(text) prints the text on stderr and ends with status 1
+
+
+def write_toy(folder: Path):
+    """A set of 16 characters: 2,000 tokens to train on and 400 held out."""
+    text = "the cat sat on the mat. a dog ran to the red hut.\n" * 40
+    encoding = tokenizer.char_encoding(text, "toy")
+    ids = np.array(encoding.encode(text))
+    corpus.write_bins(folder, encoding, [ids], [ids[:400]], None)
+
+
+def log(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b):
+    """Equal to the bit, tensors in nested dicts and lists included."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -1,0 +1,703 @@
+"""python -m pytest tests/test_properties.py
+
+What must hold for every input, tried on random ones: the algebra of flow.py and flowmap.py, randomness, schedules, the
+rows of a data set, tokenizers; and what the readers of settings and of checkpoints, and the writers of files, do with
+anything at all: an answer or one line, never a traceback, half a file or another checkpoint than the one saved.
+
+The examples are the same in every run, and nothing is kept between runs.
+"""
+
+import copy
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import runpy
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+import flow
+from common import configure, generator, mix, sample_normals
+from data import corpus, tokenizer
+from data.loader import Data
+from flow import Clock, by_tokens, corrupt, cross_entropy, interpolate, move, step_size, stratified
+from flowmap import kl_to_target, off_diagonal_times, sample_flow_map, semigroup_weight
+from model import FlowTransformer, ModelConfig
+from optim import learning_rate_at, make_optimizers, update_ema
+from storage import load_checkpoint, save_checkpoint, write_lines
+
+settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, max_examples=60)
+settings.load_profile("reproducible")
+
+seeds = st.integers(0, 2 ** 63)
+unit = st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1) | st.floats(1e-16, 1e-6).map(lambda left: 1 - left)
+
+
+def rows(*columns):
+    """1 to 8 rows of such columns: what a batch is made of."""
+    return st.lists(st.tuples(*columns), min_size=1, max_size=8)
+
+
+def ordered(n, times=unit):
+    """1 to 8 rows of n sorted times, often equal ones."""
+    return st.lists(st.lists(times, min_size=n, max_size=n).map(sorted), min_size=1, max_size=8)
+
+
+def columns(rows):
+    return torch.tensor(rows, dtype=torch.float64).unbind(1)                    # (B,) each
+
+
+def normals(seed, *shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, atol=1e-9):
+    return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-9, atol=atol)
+
+
+class Head:
+    """logits = hidden W^T."""
+
+    def __init__(self, W):
+        self.W, self.out_features = W, len(W)
+
+    def __call__(self, hidden):
+        return hidden @ self.W.T
+
+
+@contextmanager
+def slices_of(n):
+    """At most n logits, or those of one token, at once."""
+    before, flow.SLICE = flow.SLICE, n
+    try:
+        yield
+    finally:
+        flow.SLICE = before
+
+
+# ---------------------------------------------------------------- flow: the clock
+
+@given(knots=rows(st.integers(-1000, 1000), st.floats(-100, 100)).filter(lambda knots: len(knots) > 1),
+       places=st.lists(st.floats(0, 1), max_size=8))
+def test_interpolation_is_numpys(knots, places):
+    """Between the ends, at every knot too: where several knots share an x, the last of them counts in both."""
+    knots = sorted(knots, key=lambda knot: knot[0])
+    xs, ys = (np.array(column) / 8 for column in zip(*knots))
+    x = np.concatenate([xs, xs[0] + np.array(places) * (xs[-1] - xs[0])])
+    found = interpolate(*map(torch.from_numpy, (x, xs, ys)))
+    assert close(found, np.interp(x, xs, ys))
+
+
+@settings(max_examples=6)  # a table takes a while
+@given(V=st.integers(2, 300_000), d=st.integers(1, 1024), share=st.just(0.0) | unit, seed=seeds)
+def test_clock_is_a_change_of_time(V, d, share, seed):
+    """Both ways: 0 and 1 stay, order stays; one after the other they are the identity, wherever the clock moves."""
+    clock = Clock(V, d, share)
+    x = torch.cat([torch.zeros(1), torch.rand(1000, generator=generator(seed)).sort().values, torch.ones(1)]).double()
+    tau, t = clock.tau_of_t(x), clock.t_of_tau(x)
+    for y in (tau, t):
+        assert y[0] == 0 and y[-1] == 1 and (y.diff() >= 0).all()
+    assert close(clock.tau_of_t(t), x)
+    moves = (tau > 1e-6) & (tau < 1 - 1e-6)
+    assert moves.any() and close(clock.t_of_tau(tau)[moves], x[moves])
+
+
+@given(n=st.integers(1, 300), seed=seeds)
+def test_stratified_draws_once_in_every_stratum(n, seed):
+    draws = stratified(n, generator(seed)).double().sort().values
+    edges = torch.arange(n + 1) / n
+    assert (edges[:-1] - 1e-6 <= draws).all() and (draws <= edges[1:] + 1e-6).all()
+
+
+# ---------------------------------------------------------------- flow: steps along straight lines
+
+@given(times=ordered(3))
+def test_step_sizes_compose(times):
+    """What is left of the noise after two steps is what is left after one: 1 - h multiplies."""
+    s, u, t = columns(times)
+    h = step_size(s, t)
+    assert (0 <= h).all() and (h <= 1).all()
+    assert (h[(s < t) & (t == 1)] == 1).all() and (h[s == t] == 0).all()
+    assert close(1 - h, (1 - step_size(s, u)) * (1 - step_size(u, t)))
+
+
+@given(times=st.integers(1, 9).flatmap(ordered), seed=seeds)
+def test_a_constant_target_is_reached_in_a_straight_line(times, seed):
+    """From noise at t = 0, in any number of steps of any lengths: at t, (1 - t) of the noise is left."""
+    times = columns(times)                                                      # (B,) each, sorted
+    noise, target = normals(seed, 2, len(times[0]), 3, 4)                       # (B, L, d) each
+    z = noise
+    for s, t in itertools.pairwise([torch.zeros_like(times[0]), *times]):
+        z = move(z, target, s, t)
+        assert close(z, (1 - t)[:, None, None] * noise + t[:, None, None] * target)
+
+
+@given(times=rows(unit), a=st.floats(-3, 3), b=st.floats(-3, 3), seed=seeds)
+def test_corruption_is_linear(times, a, b, seed):
+    """In the embedding and the noise together, and along t between the noise and the embedded text."""
+    (t,), y = columns(times), torch.randint(5, (len(times), 3), generator=generator(seed))
+    E, F = normals(seed, 2, 5, 4)
+    z, w = normals(seed + 1, 2, len(times), 3, 4)
+    mixed = corrupt(a * E + b * F, y, t, a * z + b * w)
+    assert close(mixed, a * corrupt(E, y, t, z) + b * corrupt(F, y, t, w))
+    assert torch.equal(corrupt(E, y, 0 * t, z), z) and torch.equal(corrupt(E, y, 0 * t + 1, z), E[y])
+    assert close(corrupt(E, y, t, z), torch.stack([(1 - u) * n + u * E[text] for u, n, text in zip(t, z, y)]))
+
+
+# ---------------------------------------------------------------- flow: the head in slices
+
+shapes = dict(B=st.integers(1, 4), L=st.integers(1, 5), V=st.integers(1, 9), n=st.integers(1, 60), seed=seeds)
+
+
+@given(**shapes)
+def test_slices_change_nothing(B, L, V, n, seed):
+    """by_tokens against one call for all tokens: values, and gradients through the slices and into the weights."""
+    head = Head(normals(seed, V, 3).requires_grad_())
+    inputs = [normals(seed + 1, B, L, 3).requires_grad_(), normals(seed + 2, B, L, 2).requires_grad_()]
+
+    def function(hidden, other):
+        return head(hidden).logsumexp(-1, keepdim=True) * other.sin()           # (.., 2)
+    whole = function(*inputs)
+    with slices_of(n):
+        sliced = by_tokens(function, head, *inputs)
+        with torch.no_grad():
+            assert close(by_tokens(function, head, *inputs), whole)
+    assert close(sliced, whole)
+    weight = normals(seed + 3, B, L, 2)
+    for found, expected in zip(torch.autograd.grad((sliced * weight).sum(), [head.W, *inputs]),
+                               torch.autograd.grad((whole * weight).sum(), [head.W, *inputs])):
+        assert close(found, expected)
+
+
+@given(scale=st.floats(0, 50), **shapes)
+def test_cross_entropy_is_minus_the_log_of_the_softmax(B, L, V, n, seed, scale):
+    """Its gradient for the logits is the softmax minus the one-hot text."""
+    logits, y = scale * normals(seed, B, L, V), torch.randint(V, (B, L), generator=generator(seed))
+    exp = np.exp(logits.numpy())
+    softmax = exp / exp.sum(-1, keepdims=True)
+    one_hot = np.eye(V)[y]
+    with slices_of(n):
+        loss = cross_entropy(Head(torch.eye(V).double()), logits.requires_grad_(), y)
+    assert close(loss, -np.log((softmax * one_hot).sum(-1)))
+    assert close(torch.autograd.grad(loss.sum(), logits)[0], softmax - one_hot)
+
+
+# ---------------------------------------------------------------- flow map: the semigroup
+
+@given(times=ordered(3), seed=seeds)
+def test_two_jumps_are_one(times, seed):
+    """X_{u,t} o X_{s,u} = X_{s,t} with the average of the two aims, whatever they are, at equal times and at t = 1."""
+    s, u, t = columns(times)
+    z, first, second = normals(seed, 3, len(s), 2, 4)
+    g = semigroup_weight(s, u, t)
+    assert (0 <= g).all() and (g <= 1).all()
+    g = g[:, None, None]
+    assert close(move(move(z, first, s, u), second, u, t), move(z, g * first + (1 - g) * second, s, t))
+
+
+@given(times=ordered(4, unit.filter(lambda t: t == 0 or t > 1e-12)))  # to tell times near 0 apart takes normal numbers
+def test_three_jumps_are_one_in_either_order(times):
+    """((s u) v) t and s (u (v t)): the same weights for the three aims. Where s = t they all aim at one place."""
+    s, u, v, t = columns(times)
+    early, late = semigroup_weight(s, u, v), semigroup_weight(s, v, t)
+    left = torch.stack([late * early, late * (1 - early), 1 - late])
+    early, late = semigroup_weight(s, u, t), semigroup_weight(u, v, t)
+    right = torch.stack([early, (1 - early) * late, (1 - early) * (1 - late)])
+    assert close(left, right)
+
+
+@given(rows=rows(unit, unit, st.booleans()), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_jumps_lie_on_the_clock(rows, dtype):
+    """In order, as long as asked, and with the room that is left shared out before and after as asked."""
+    length, place, full = (column.to(dtype) for column in columns(rows))
+    tau_s, tau_t = off_diagonal_times(length, place, full > 0)
+    assert (0 <= tau_s).all() and (tau_s <= tau_t).all() and (tau_t <= 1).all()
+    assert torch.equal((tau_s == 0) & (tau_t == 1) | (full == 0), torch.ones_like(full > 0))
+    error = 4 * torch.finfo(dtype).eps
+    assert (tau_t - tau_s - length)[full == 0].abs().le(error).all()
+    assert (tau_s * (1 - place) - (1 - tau_t) * place)[full == 0].abs().le(error).all()
+
+
+# ---------------------------------------------------------------- flow map: the loss
+
+@given(scale=st.floats(0, 20), outside=st.floats(0, 2), shift=st.floats(-100, 100), **shapes)
+def test_divergence_from_a_target(B, L, V, n, seed, scale, outside, shift):
+    """Explicitly, for targets on the simplex and off it; the gradient for the logits is softmax minus target."""
+    logits, V = scale * normals(seed, B, L, V + 1), V + 1
+    head, away = Head(torch.eye(V).double()), normals(seed + 1, B, L, V)
+    raw = normals(seed + 2, B, L, V).softmax(-1) + outside * (away - away.mean(-1, keepdim=True))  # sums to one
+    exp, p = np.exp(logits.numpy()), np.maximum(raw.numpy(), 0)
+    q, p = exp / exp.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
+    with slices_of(n):
+        loss, cut = kl_to_target(head, logits.requires_grad_(), (lambda raw: raw, (raw,)))
+        shifted, _ = kl_to_target(head, logits + shift, (lambda raw: raw, (raw,)))
+        own, _ = kl_to_target(head, logits, (lambda own: own.softmax(-1), (logits.detach(),)))
+    assert (loss >= -1e-12).all() and close(loss, (p * np.log(np.where(p > 0, p, 1) / q)).sum(-1))
+    assert close(torch.autograd.grad(loss.sum(), logits)[0], q - p)
+    assert close(shifted, loss) and close(own, torch.zeros(B, L).double())
+    assert close(cut, -np.where(raw < 0, raw, 0).sum(-1)) and (cut >= 0).all()
+
+
+# ---------------------------------------------------------------- flow map: sampling
+
+class Diary:
+    """A model that aims at the same text whatever it reads, and notes what it is asked. Coordinate k of the state
+    (1, 1, n + 1) is how much of the k-th noise is in it, the last how much of the text."""
+
+    def __init__(self, n):
+        self.embed, self.head = SimpleNamespace(weight=torch.eye(n + 1)[[n, n]].double()), Head(torch.eye(2).double())
+        self.notes = []
+
+    def __call__(self, z, tau_s, tau_t):
+        self.notes.append((tau_s, tau_t, z[0, 0]))
+        return torch.zeros(1, 1, 2, dtype=torch.float64)
+
+
+CLOCK = Clock(7)
+
+
+@given(steps=st.integers(1, 10), gamma=unit)
+def test_stochastic_sampling_keeps_the_amount_of_noise(steps, gamma):
+    """Wherever the network is asked, the state is t of the text plus noise of variance (1 - t)^2, in part drawn anew;
+    and the time it was told to jump to is where the jump went, before that."""
+    model = Diary(steps)
+    noise = iter(torch.eye(steps + 1).double()[:steps, None, None])             # (1, 1, d) each, no two alike
+    sample_flow_map(model, CLOCK, next(noise), steps, gamma, lambda: next(noise))
+    assert len(model.notes) == steps and len(list(noise)) == (0 if gamma else steps - 1)
+    told = torch.zeros((), dtype=torch.float64)
+    for i, (tau_s, tau_t, z) in enumerate(model.notes):
+        assert tau_s.item() == pytest.approx(i / steps)
+        t, old, text = CLOCK.t_of_tau(tau_s), z[:max(i, 1)].norm(), z[-1]
+        assert close(text, t) and close(z[:-1].square().sum(), (1 - t) ** 2)
+        assert close(CLOCK.tau_of_t(text / (text + old)), told)                 # adding noise only scales these two
+        told = tau_t
+
+
+# ---------------------------------------------------------------- randomness
+
+words = st.lists(st.integers(0, 2 ** 63), max_size=4).map(tuple)
+
+
+@given(several=st.lists(words, unique=True, max_size=20), bit=st.integers(0, 63), number=seeds)
+def test_seeds_are_mixed(several, bit, number):
+    """The same numbers, the same seed; other numbers, in another order or more of them, another one."""
+    assert len({mix(*numbers) for numbers in several}) == len(several)
+    assert [mix(*numbers) for numbers in several] == [mix(*numbers) for numbers in several]
+    assert mix(number, number ^ 1) != mix(number ^ 1, number)
+    assert 0 <= mix(number) < 2 ** 64 and mix(0) == 0xE220A8397B1DCDAF          # as published for splitmix64
+    assert 8 <= (mix(number) ^ mix(number ^ 1 << bit)).bit_count() <= 56        # one bit more turns half of them over
+
+
+@given(numbers=words, others=words)
+def test_generators_depend_on_all_their_numbers(numbers, others):
+    draws, same, other = (torch.rand(4, generator=generator(*n)) for n in (numbers, numbers, others))
+    assert torch.equal(draws, same) and torch.equal(draws, other) == (numbers == others)
+
+
+@given(samples=st.lists(seeds, min_size=2, max_size=8, unique=True), cut=st.integers(1, 7), seed=seeds,
+       widths=st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_noise_of_a_sample_depends_on_its_number_alone(samples, cut, seed, widths):
+    """Not on the batch it is in, nor on its place there, at the first draw and at later ones."""
+    def draw(samples):
+        normal = sample_normals(seed, samples, 3, torch.device("cpu"))
+        return [normal(n) for n in widths]                                      # (B, 3, n) each
+    parts = [part for part in (samples[:cut], samples[cut:]) if part]
+    for whole, *split, alone in zip(draw(samples), *map(draw, parts), draw(samples[-1:])):
+        assert torch.equal(whole, torch.cat(split)) and torch.equal(whole[-1:], alone)
+        assert not torch.equal(whole[0], whole[1])
+
+
+# ---------------------------------------------------------------- schedule and moving average
+
+@given(peak=st.floats(1e-6, 1), share=unit, schedule=st.sampled_from(["constant", "cosine"]),
+       warmup=st.integers(0, 40), max_iters=st.integers(1, 80))
+def test_learning_rate_rises_to_its_peak_and_falls_without_a_jump(peak, share, schedule, warmup, max_iters):
+    final, n = share * peak, max(warmup, max_iters) + 3
+    rate = np.array([learning_rate_at(step, peak, final, schedule, warmup, max_iters) for step in range(n)]) / peak
+    assert (rate >= 0).all() and (rate <= 1 + 1e-12).all() and rate[warmup] == pytest.approx(1)
+    assert (np.diff(rate[:warmup]) > 0).all() and (np.diff(rate[warmup:]) <= 1e-12).all()
+    assert rate[max(warmup - 1, 0)] == pytest.approx(1)                         # the warm-up ends at the peak
+    slopes = 1 / max(warmup, 1), math.pi / 2 * (1 - share) / max(max_iters - warmup, 1)
+    assert abs(np.diff(rate)).max() <= max(slopes) + 1e-9
+    assert rate[-1] == pytest.approx(share if schedule == "cosine" else 1)
+
+
+@given(seed=seeds, decay=st.floats(0, 0.9999), step=st.integers(0, 10 ** 6))
+def test_moving_average_is_a_convex_combination(seed, decay, step):
+    """The same share of the old average is kept everywhere: the decay in the long run, less at the start."""
+    ema, model = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    for k, network in enumerate((ema, model)):
+        nn.utils.vector_to_parameters(normals(seed + k, 8), network.parameters())
+    update_ema(ema, model, decay, step)
+    old, new, after = normals(seed, 8), normals(seed + 1, 8), nn.utils.parameters_to_vector(ema.parameters())
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), new)
+    kept = ((after - new) @ (old - new) / (old - new).square().sum()).item()
+    assert close(after, kept * old + (1 - kept) * new)
+    assert min(decay, 0.1) - 1e-9 <= kept <= decay + 1e-9
+    assert step > 0 or kept <= 0.1 + 1e-9
+    assert step < 10 / (1 - decay) or kept == pytest.approx(decay)
+
+
+# ---------------------------------------------------------------- rows of data
+
+LETTERS = tokenizer.char_encoding("".join(map(chr, range(0x4E00, 0x4E00 + 300))), "letters")
+sizes = st.tuples(st.integers(1, 12), st.integers(60, 300))  # L, tokens in the file
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """Opens a set whose n-th token is number n, so that a row tells where in the file it was."""
+    folder = tmp_path_factory.mktemp("sets")
+
+    def open_set(size, packed, seed):
+        L, n = size
+        n, path = n // L * L if packed else n, folder / f"{size}{packed}"
+        if not path.exists():
+            corpus.write_bins(path, LETTERS, [np.arange(n)], [np.arange(n)], L if packed else None)
+        return Data(str(path), "train", L, seed)
+    return open_set
+
+
+@given(size=sizes, packed=st.booleans(), seed=seeds, epoch=st.integers(0, 1000))
+def test_an_epoch_is_disjoint_spans_of_the_file(reader, size, packed, seed, epoch):
+    data = reader(size, packed, seed)
+    spans = data.rows(epoch * data.n_rows, data.n_rows)                         # (n_rows, L)
+    assert spans.shape == (data.n_rows, size[0]) and (np.diff(spans, axis=1) == 1).all()
+    assert len(np.unique(spans)) == spans.size
+    if packed:
+        assert spans.size == len(data.tokens) and (spans[:, 0] % size[0] == 0).all()
+    else:
+        assert spans.size > len(data.tokens) - 2 * size[0]                      # the cuts move within one row
+
+
+@given(size=sizes, packed=st.booleans(), seed=seeds)
+def test_every_epoch_is_another_order(reader, size, packed, seed):
+    """And, in a continuous stream, cut elsewhere."""
+    data = reader(size, packed, seed)
+    starts = np.stack([data.rows(epoch * data.n_rows, data.n_rows)[:, 0] for epoch in range(12)])
+    assert len({tuple(order) for order in starts.argsort(1)}) > 1
+    assert (len(set(starts[:, 0] % size[0])) > 1) == (not packed and size[0] > 1)
+    assert (starts != reader(size, packed, seed + 1).rows(0, data.n_rows)[:, 0]).any()
+
+
+@given(size=sizes, packed=st.booleans(), seed=seeds, numbers=st.lists(st.integers(0, 99), max_size=9))
+def test_a_sample_is_the_same_whenever_it_is_read(reader, size, packed, seed, numbers):
+    """Sequential reading against random access: what makes resuming exact."""
+    sequential, random = reader(size, packed, seed).rows(0, 100), reader(size, packed, seed)
+    for n in numbers:
+        assert np.array_equal(random.rows(n, 3)[:1], sequential[n:n + 1])
+
+
+@given(size=sizes, packed=st.booleans(), seed=seeds, world=st.integers(1, 4), B=st.integers(1, 3))
+def test_ranks_share_the_samples(reader, size, packed, seed, world, B):
+    """Micro-step j of a run goes to rank j mod world: over an epoch no row twice, and together those of one process."""
+    whole = reader(size, packed, seed)
+    micro_steps = whole.n_rows // B
+    parts = [reader(size, packed, seed) for _ in range(world)]
+    starts = [start for rank, part in enumerate(parts) for j in range(rank, micro_steps, world)
+              for start in part.rows(j * B, B)[:, 0]]
+    assert len(set(starts)) == len(starts) == micro_steps * B
+    assert sorted(starts) == sorted(whole.rows(0, micro_steps * B)[:, 0])
+
+
+# ---------------------------------------------------------------- tokenizers
+
+@given(text=st.text(min_size=1, max_size=20).flatmap(
+           lambda alphabet: st.tuples(st.just(alphabet), st.text(st.sampled_from(alphabet), max_size=40))),
+       merges=st.integers(0, 3))
+def test_tokenizers_spell_every_text_of_their_alphabet(text, merges):
+    """Text to ids and back, as trained and after a way through JSON; the bytes of a pair tokenizer are its alphabet."""
+    alphabet, text = text
+    learned = alphabet + " abcdabcdabcd"
+    pairs = tokenizer.train_bpe(learned, len(set(learned.encode())) + merges + 1, "pairs")
+    for encoding in (tokenizer.char_encoding(alphabet, "characters"), pairs):
+        described = tokenizer.to_dict(encoding)
+        again = tokenizer.from_dict(json.loads(json.dumps(described)))
+        assert tokenizer.to_dict(again) == described
+        assert tokenizer.identity(tokenizer.to_dict(again)) == tokenizer.identity(described)
+        ids = tokenizer.encode_text(encoding, text)
+        assert encoding.decode(ids.tolist()) == again.decode(ids.tolist()) == text
+        assert np.array_equal(tokenizer.encode_text(again, text), ids)
+        assert encoding is pairs or len(ids) == len(text)
+
+
+# ---------------------------------------------------------------- settings: anything on the command line
+
+SCRIPT = dict(__doc__="A script.", __file__=__file__, __name__="__main__", _own=1, Path=Path, LIMIT=3,
+              compile=False, steps=1000, learning_rate=2e-3, out_dir="out/toy")
+DEFAULTS = {key: SCRIPT[key] for key in ("compile", "steps", "learning_rate", "out_dir")}
+VALUES = dict(compile=st.booleans(), steps=st.integers(), out_dir=st.text(),
+              learning_rate=st.floats(allow_nan=False, allow_infinity=False))
+ODD = ["", "nan", "-inf", "1e999", "9" * 5000, "a\nb", "c\r\u2028d", "\udcff", "--", "-", ".", "\0"]
+keys = st.sampled_from([*DEFAULTS] * 9 + [*SCRIPT] + ODD + ["step", "Steps", "out-dir"])
+values = st.one_of(st.sampled_from(ODD), st.sampled_from(["true", "False", "1"]), st.integers().map(str),
+                   st.floats().map(str), st.text())
+arguments = st.one_of(st.tuples(st.builds("--{}={}".format, keys, values)), st.tuples(keys.map("--{}".format), values),
+                      st.tuples(keys.map("--{}".format)))
+help_words = {"-h", "--help"}  # print and exit well
+
+
+def one_line(stopped):
+    """Whether a program ended as `common.fail` ends it."""
+    message = stopped.code
+    return isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1
+
+
+def check_settings(argv):
+    """configure answers with settings of the defaults' names and types, which this returns, or exits with one line."""
+    script, found = SCRIPT.copy(), {}
+    try:
+        found = configure(script, argv)
+    except SystemExit as stopped:
+        assert one_line(stopped), stopped.code
+    else:
+        assert [(key, type(value)) for key, value in found.items()] == [(k, type(v)) for k, v in DEFAULTS.items()]
+        assert math.isfinite(found["learning_rate"])
+    assert script == SCRIPT
+    return found
+
+
+@given(word=values.filter(lambda word: word not in help_words))
+def test_any_first_word_gives_settings_or_one_line(word):
+    check_settings([word])
+
+
+@settings(max_examples=400)
+@given(argv=st.lists(arguments, max_size=4).map(lambda parts: sum(parts, ())).filter(help_words.isdisjoint))
+def test_any_command_line_gives_settings_or_one_line(argv):
+    check_settings(list(argv))
+
+
+@given(given=st.fixed_dictionaries({}, optional=VALUES), equals=st.booleans())
+def test_settings_on_the_command_line_are_read_back(given, equals):
+    words = [[f"--{key}={value}"] if equals else [f"--{key}", str(value)] for key, value in given.items()
+             if equals or not str(value).startswith("--")]
+    read = {key: value for key, value in given.items() if equals or not str(value).startswith("--")}
+    assert configure(SCRIPT, sum(words, [])) == DEFAULTS | read
+
+
+# ---------------------------------------------------------------- settings: anything in a config file
+
+literals = st.one_of(*VALUES.values()).map(repr)
+expressions = literals | st.sampled_from(["None", "[1]", "{}", "object()", "steps", "10 ** 400", "-10 ** 5000", "1e999",
+                                          "print", "1e999 * 0", "'a\\nb'", "'\\udcff'", "b''"])
+assignments = st.builds("{} = {}".format, st.sampled_from([*DEFAULTS] * 3 + ["_own", "stepz", "__file__"]), expressions)
+statements = st.sampled_from([
+    "import math", "from pathlib import Path", "def f():\n    pass", "# words", "", "(", "1 / 0", "  x", "steps += 1",
+    "del steps", "raise ValueError('a\\nb')", "raise SystemExit", "raise SystemExit('a\\nb')", "globals().clear()"])
+programs = st.lists(st.one_of(*[assignments] * 8, statements), max_size=4).map("\n".join).map(str.encode)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tmp_path_factory.mktemp("config") / "any.py"
+
+
+@settings(max_examples=500)
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@given(content=programs | programs | programs | st.text().map(str.encode) | st.binary())
+def test_any_config_file_gives_settings_or_one_line(config, content):
+    """And the settings are what the file assigns, but for text, which may be a number or a truth in words."""
+    config.write_bytes(content)
+    found = check_settings([str(config)])
+    assigned = runpy.run_path(str(config)) if found else {}
+    assert all(found[key] == assigned[key] or type(assigned[key]) is str for key in found if key in assigned)
+    assert config.read_bytes() == content
+
+
+@given(given=st.fixed_dictionaries({}, optional=VALUES))
+def test_settings_in_a_config_file_are_read_back(config, given):
+    lines = ["import math", *(f"{key} = {value!r}" for key, value in given.items())]
+    config.write_text("\n".join(lines), encoding="utf-8")
+    assert configure(SCRIPT, [str(config)]) == DEFAULTS | given
+
+
+# ---------------------------------------------------------------- checkpoints: damage
+
+def small_checkpoint(seed):
+    """All that storage.save_run writes, for the smallest network, after one step."""
+    torch.manual_seed(seed)
+    shape = ModelConfig(5, 4, n_layer=1, n_head=1, n_embd=2, n_time=1)
+    model = FlowTransformer(shape)
+    optimizers = make_optimizers(model, "adamw", 1e-3, (0.9, 0.99), 0.0)
+    model.head(model(torch.randn(1, 4, 2), torch.rand(1))).sum().backward()
+    optimizers[0].step()
+    return dict(format="flm-1", kind="flm", model_config=asdict(shape), model=model.state_dict(),
+                ema=copy.deepcopy(model).state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler={},
+                clock_embedding_share=0.0, settings=dict(seed=seed), step=1, generator=dict(seed=seed, samples_seen=8),
+                tokenizer=tokenizer.to_dict(tokenizer.char_encoding("abcde", "five")), vocabulary="0123456789ab")
+
+
+def identical(a, b):
+    """To the bit and to the type."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return (a.dtype, a.shape, a.numpy().tobytes()) == (b.dtype, b.shape, b.numpy().tobytes())
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_reading(path, saved=None):
+    """load_checkpoint gives what was saved, or exits with one line; either way it leaves the folder as it was."""
+    before = contents(path.parent)
+    try:
+        found = load_checkpoint(path)
+    except SystemExit as stopped:
+        assert one_line(stopped), stopped.code
+    else:
+        assert saved and identical(found, saved)
+    assert contents(path.parent) == before
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint, the bytes of its file, and where to put damaged ones."""
+    path, checkpoint = tmp_path_factory.mktemp("damaged") / "flm.pt", small_checkpoint(1)
+    save_checkpoint(path, checkpoint)
+    assert identical(load_checkpoint(path), checkpoint)
+    return checkpoint, path.read_bytes(), path
+
+
+def flip(whole, bits):
+    damaged = bytearray(whole)
+    for place, bit in bits:
+        damaged[place % len(whole)] ^= 1 << bit
+    return damaged
+
+
+def blank(whole, span):
+    start, n = span[0] % len(whole), span[1]
+    return whole[:start] + bytes(len(whole[start:start + n])) + whole[start + n:]
+
+
+def cut(whole, n):
+    return whole[:n % len(whole)]
+
+
+def lengthen(whole, tail):
+    return whole + tail
+
+
+places = st.integers(0, 2 ** 20)
+damages = st.one_of(st.tuples(st.just(flip), st.lists(st.tuples(places, st.integers(0, 7)), min_size=1, max_size=8)),
+                    st.tuples(st.just(blank), st.tuples(places, st.integers(1, 2000))),
+                    st.tuples(st.just(cut), places), st.tuples(st.just(lengthen), st.binary(min_size=1)))
+
+
+@settings(max_examples=400)
+@given(damage=damages)
+def test_a_damaged_checkpoint_is_refused_or_unharmed(saved, damage):
+    checkpoint, whole, path = saved
+    damaging, how = damage
+    path.write_bytes(damaging(whole, how))
+    check_reading(path, checkpoint)
+
+
+members = st.dictionaries(st.sampled_from(["data.pkl", "version", "byteorder", "data/0"]), st.binary(max_size=20))
+
+
+def zipped(members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"archive/{name}", content)
+    return file.getvalue()
+
+
+def stored(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+plain = st.recursive(st.none() | st.integers() | st.text() | st.sampled_from(["flm-0", "fmlm"]), lambda inner: st.lists(
+    inner, max_size=3) | st.dictionaries(st.sampled_from(["format", "kind", "state_dict", "ema", "step"]), inner))
+
+
+@settings(max_examples=200)
+@given(content=st.binary() | members.map(zipped) | plain.map(stored) | plain.map(pickle.dumps))
+def test_another_file_is_no_checkpoint(saved, content):
+    """Bytes, other zip files, other things that torch.save or pickle wrote."""
+    *_, path = saved
+    path.write_bytes(content)
+    check_reading(path)
+
+
+class Mischief:
+    """Pickled as a call that makes a file."""
+
+    def __init__(self, call, argument):
+        self.call, self.argument = call, argument
+
+    def __reduce__(self):
+        return self.call, (self.argument,)
+
+
+@pytest.mark.parametrize("call, argument", [(os.system, "echo > {}"), (os.mkdir, "{}"), (eval, "open({!r}, 'w')")])
+@pytest.mark.parametrize("write", [torch.save, pickle.dump,
+                                   functools.partial(torch.save, _use_new_zipfile_serialization=False)])
+def test_a_checkpoint_cannot_run_a_program(tmp_path, call, argument, write):
+    made, path = tmp_path / "made", tmp_path / "flm.pt"
+    with open(path, "wb") as file:
+        write(small_checkpoint(1) | dict(settings=Mischief(call, argument.format(str(made)))), file)
+    check_reading(path)
+    assert not made.exists()
+
+
+# ---------------------------------------------------------------- files: a disk that fails
+
+@contextmanager
+def room_for(n):
+    """No file may grow past n bytes: a write that would fails as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits on files need POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+CHECKPOINTS = small_checkpoint(1), small_checkpoint(2)
+RECORDS = [[dict(step=step, text="añ\n" * k) for step in range(40)] for k in (20, 30)]
+
+
+@pytest.mark.parametrize("write, old, new", [(save_checkpoint, *CHECKPOINTS), (write_lines, *RECORDS)])
+@given(room=st.floats(0, 1.5))
+def test_a_failed_write_leaves_the_old_file(tmp_path_factory, write, old, new, room):
+    """Exactly when there is no room for the new one; and it leaves nothing else."""
+    folder = tmp_path_factory.mktemp("full")
+    path = folder / "file.pt"
+    write(path, new)
+    after = path.read_bytes()
+    write(path, old)
+    before, n = path.read_bytes(), int(room * len(after))
+    assert before != after
+    try:
+        with room_for(n):
+            write(path, new)
+    except SystemExit as stopped:
+        assert one_line(stopped) and n < len(after), stopped.code
+        assert contents(folder) == {path.name: before}
+    else:
+        assert n >= len(after) and contents(folder) == {path.name: after}

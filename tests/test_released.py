@@ -1,0 +1,254 @@
+"""python -m pytest tests/test_released.py
+
+The checkpoints the authors released: read, rebuilt, sampled, distilled; and refused when they are not what they should
+be. tests/fixtures holds two tiny ones of our own making in their layout (make_released.py), with what the authors'
+network gives on them by a second, independent program.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from programs import QUICK, log, mistake, run, write_toy
+
+import storage
+from data import corpus, tokenizer
+
+OURS = ROOT / "tests" / "fixtures"
+AUTHORS = ROOT.parent / "shared" / "fixtures"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "##s", "on", "a", "mat", "."]  # V = 12
+BASE = ["sample.py", "--device=cpu", "--dtype=float32", "--num_samples=3"]
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(WORDS) + "\n")
+    return path
+
+
+def release(path, change):
+    """A released file after `change`d in place."""
+    kind = "fmlm" if "fmlm" in path.name else "flm"
+    file = torch.load(OURS / f"released_{kind}.ckpt")
+    change(file)
+    torch.save(file, path)
+    return path
+
+
+def log_probs(path, golden):
+    """What our network makes of the golden dense state, through z = x E."""
+    checkpoint = storage.load_checkpoint(path)
+    storage.set_length(checkpoint, golden["x"].size(1), str(path))
+    model = storage.build_model(checkpoint, torch.device("cpu"))
+    hidden = model(golden["x"] @ model.embed.weight, golden["tau_s"], golden["tau_t"])
+    return model.head(hidden).log_softmax(-1)
+
+
+# ---------------------------------------------------------------- the numbers
+
+@pytest.mark.parametrize("kind", ["flm", "fmlm"])
+def test_golden_numbers(kind):
+    path = OURS / f"released_{kind}.ckpt"
+    golden = torch.load(path)["golden"]
+    found = log_probs(path, golden)
+    assert golden["log_probs"].std(1).mean() > 0.5  # it depends on the input, which a constant would not reproduce
+    assert torch.allclose(found, golden["log_probs"], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flm", "fmlm"])
+def test_golden_numbers_of_the_authors_network(kind):
+    path = AUTHORS / f"official_tiny_{kind}.ckpt"
+    if not path.exists():
+        pytest.skip(f"the numbers computed with the authors' code are not at {AUTHORS}")
+    golden = torch.load(path.with_suffix(".golden.pt"), weights_only=True)
+    assert torch.allclose(log_probs(path, golden), golden["log_probs"], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flm", "fmlm"])
+def test_compiled_or_not(kind, tmp_path):
+    """`_orig_mod.` anywhere in the names changes nothing."""
+    golden = torch.load(OURS / f"released_{kind}.ckpt")["golden"]
+    for prefix in ("backbone.", "backbone._orig_mod.", "_orig_mod.backbone."):
+        def rename(file):
+            names = [name.replace("_orig_mod.", "").removeprefix("backbone.") for name in file["state_dict"]]
+            file["state_dict"] = dict(zip((prefix + name for name in names), file["state_dict"].values()))
+        path = release(tmp_path / f"{kind}.ckpt", rename)
+        assert torch.allclose(log_probs(path, golden), golden["log_probs"], atol=1e-4)
+
+
+def test_network_is_built_from_the_shapes():
+    for kind in ("flm", "fmlm"):
+        checkpoint = storage.load_checkpoint(OURS / f"released_{kind}.ckpt")
+        config = checkpoint["model_config"]
+        assert (checkpoint["kind"], config["flow_map"]) == (kind, kind == "fmlm")
+        assert [config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_time")] == [12, 2, 2, 16, 4]
+        assert [config[key] for key in ("time_scale", "attention_softcap", "logit_softcap")] == [1, 50, 30]
+        assert not config["learned_positions"]
+
+
+@pytest.mark.parametrize("V, length", [(50257, 1024), (30522, 128)])
+def test_length_of_the_published_models(V, length, tmp_path):
+    """Their files do not say it; their vocabularies do."""
+    def widen(file):
+        average = iter(file["ema"]["shadow_params"])
+        for name, tensor in file["state_dict"].items():
+            if tensor.size(0) == 12:
+                file["state_dict"][name] = torch.zeros(V, *tensor.shape[1:])
+        file["ema"]["shadow_params"] = [t.new_zeros(V, *t.shape[1:]) if t.size(0) == 12 else t for t in average]
+    checkpoint = storage.load_checkpoint(release(tmp_path / "flm.ckpt", widen))
+    assert checkpoint["model_config"]["vocab_size"] == V
+    assert storage.set_length(checkpoint, 0, "x") == length and storage.set_length(checkpoint, 64, "x") == 64
+
+
+# ---------------------------------------------------------------- the programs
+
+def test_sampling(tmp_path, vocabulary, monkeypatch, capsys):
+    pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
+    for kind, name in (("flm", "FLM"), ("fmlm", "FMLM")):
+        out = tmp_path / f"{kind}.jsonl"
+        run(*BASE, f"--init_from={OURS / f'released_{kind}.ckpt'}", f"--vocabulary={vocabulary}", "--block_size=5",
+            "--steps=1,3", f"--out={out}")
+        records = log(out)
+        assert [(r["model"], r["steps"]) for r in records] == [(name, 1)] * 3 + [(name, 3)] * 3
+        assert all(set(r["text"].replace(".", " . ").split()) <= {w.lstrip("#") for w in WORDS} | {w + "s" for w in WORDS}
+                   for r in records)
+        assert len({r["text"] for r in records}) > 1
+
+
+def test_wordpieces_are_joined(vocabulary):
+    pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
+    from released import read_vocabulary
+    ids = [WORDS.index(word) for word in ("[CLS]", "the", "cat", "##s", "sat", ".", "[SEP]")]
+    assert read_vocabulary(str(vocabulary)).decode(ids) == "[CLS] the cats sat. [SEP]"
+
+
+def test_distilling_a_released_teacher(tmp_path, vocabulary):
+    """distill.py takes the file as its teacher, and the flow map it writes is one of ours, with the set's tokenizer."""
+    text = "".join(chr(97 + i) for i in range(12)) * 50
+    encoding = tokenizer.char_encoding(text, "letters")
+    ids = corpus.np.array(encoding.encode(text))
+    corpus.write_bins(tmp_path / "data", encoding, [ids], [ids], None)
+    run("distill.py", *QUICK, f"--teacher={OURS / 'released_flm.ckpt'}", "--block_size=5", "--batch_size=8",
+        f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}")
+    checkpoint = storage.load_checkpoint(tmp_path / "out" / "fmlm.pt", "fmlm")
+    released = storage.load_checkpoint(OURS / "released_flm.ckpt")
+    assert torch.equal(checkpoint["model"]["embed.weight"], released["ema"]["embed.weight"])  # E is frozen
+    assert not torch.equal(checkpoint["model"]["head.weight"], released["ema"]["head.weight"])
+    texts = run(*BASE, f"--out_dir={tmp_path / 'out'}", "--steps=1")
+    assert "FMLM: 1 network evaluation" in texts
+
+
+# ---------------------------------------------------------------- trust
+
+FOREIGN = '''
+class Settings(dict):
+    def __init__(self, **values):
+        super().__init__(values)
+        self.nested = [Settings] if values else []
+class Weird:
+    def __reduce__(self):
+        return print, ("this ran while the file was read",)
+'''
+
+
+@pytest.fixture
+def with_objects(tmp_path, monkeypatch):
+    """A released file with what Lightning adds: objects of classes that the reader does not have."""
+    (tmp_path / "gone.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    import gone
+
+    def add(file):
+        file["hyper_parameters"] = {"config": gone.Settings(size=1), "tokenizer": gone.Weird()}
+        file["callbacks"] = {gone.Settings: {"path": Path("x")}}
+    path = release(tmp_path / "released_fmlm.ckpt", add)
+    (tmp_path / "gone.py").unlink()
+    del sys.modules["gone"]
+    return path
+
+
+def test_objects_are_refused(with_objects, monkeypatch, capfd):
+    said = mistake(monkeypatch, *BASE, f"--init_from={with_objects}")
+    assert said == (f"error: {with_objects} holds Python objects besides tensors, and to read those can run any program; "
+                    f"if you trust where it comes from, add --trust_checkpoint to sample.py or distill.py")
+    assert "this ran" not in capfd.readouterr().out
+
+
+def test_trusted_objects_are_left_out(with_objects, capfd):
+    """Neither their classes nor their packages are needed, and not even a trusted file gets to run a program so easily."""
+    checkpoint = storage.load_checkpoint(with_objects, trust=True)
+    plain = storage.load_checkpoint(OURS / "released_fmlm.ckpt")
+    assert all(torch.equal(checkpoint["ema"][name], plain["ema"][name]) for name in plain["ema"])
+    assert "this ran" not in capfd.readouterr().out
+
+
+def test_trust_checkpoint_is_a_bare_flag(with_objects, vocabulary):
+    pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
+    assert "FMLM: 1 network evaluation" in run(*BASE, f"--init_from={with_objects}", f"--vocabulary={vocabulary}",
+                                               "--block_size=5", "--trust_checkpoint", "--steps", 1)
+
+
+# ---------------------------------------------------------------- refusals
+
+def lose_the_average(file):
+    del file["ema"]
+
+
+def lose_a_weight(file):
+    file["ema"]["shadow_params"].pop()
+
+
+def grow_a_weight(file):
+    file["state_dict"]["backbone.blocks.0.mlp.0.bias"] = torch.zeros(7)
+    file["ema"]["shadow_params"] = [t for n, t in file["state_dict"].items() if "inv_freq" not in n]
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lose_the_average, "KeyError: 'ema'"),
+    (lose_a_weight, "ValueError: its moving average does not have the shapes of its network"),
+    (grow_a_weight, "ValueError: blocks.0.mlp_in.bias does not fit the authors' network"),
+    (lambda file: file.update(state_dict={}), "KeyError: 'rotary_emb.inv_freq'")])
+def test_other_networks_are_refused(change, reason, tmp_path, monkeypatch):
+    path = release(tmp_path / "flm.ckpt", change)
+    assert mistake(monkeypatch, *BASE, f"--init_from={path}") == (
+        f"error: {path} is no checkpoint of train.py or distill.py, nor one the authors released ({reason})")
+
+
+def test_missing_facts_are_asked_for(tmp_path, vocabulary, monkeypatch):
+    path = OURS / "released_fmlm.ckpt"
+    command = [*BASE, f"--init_from={path}"]
+    assert mistake(monkeypatch, *command) == (
+        f"error: {path} does not say how many tokens its texts have; give --block_size")
+    command += ["--block_size=5"]
+    assert mistake(monkeypatch, *command) == (
+        "error: the checkpoint does not hold its 12 tokens; give --vocabulary=vocab.txt (for LM1B the one of "
+        "bert-base-uncased)")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert mistake(monkeypatch, *command, f"--vocabulary={vocabulary}") == (
+        "error: --vocabulary needs the package tokenizers; run: pip install tokenizers")
+
+
+def test_wrong_vocabularies_are_refused(tmp_path, vocabulary, monkeypatch):
+    pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
+    command = [*BASE, f"--init_from={OURS / 'released_fmlm.ckpt'}", "--block_size=5"]
+    assert mistake(monkeypatch, *command, "--vocabulary=none.txt") == (
+        "error: no vocabulary none.txt; bert-base-uncased has its as vocab.txt")
+    vocabulary.write_text("\n".join(WORDS[:5]))
+    assert mistake(monkeypatch, *command, f"--vocabulary={vocabulary}") == (
+        f"error: {vocabulary} has 5 tokens, the checkpoint 12")
+    damaged = tmp_path / "tokenizer.json"
+    damaged.write_text("{")
+    assert mistake(monkeypatch, *command, f"--vocabulary={damaged}").startswith(f"error: {damaged} is no vocabulary (")
+
+
+def test_teachers_of_another_kind_or_vocabulary_are_refused(tmp_path, monkeypatch):
+    write_toy(tmp_path / "data")
+    command = ["distill.py", f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path}", "--device=cpu", "--block_size=5"]
+    path = OURS / "released_fmlm.ckpt"
+    assert mistake(monkeypatch, *command, f"--teacher={path}") == (
+        f"error: {path} is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from train.py)")
+    assert mistake(monkeypatch, *command, f"--teacher={OURS / 'released_flm.ckpt'}") == (
+        f"error: {tmp_path / 'data'} has another vocabulary than the checkpoint; train on the set it was trained on")

@@ -1,0 +1,181 @@
+"""python -m pytest tests/test_resume.py
+
+Nothing a user does loses work. A run that is killed at any moment, interrupted, or stopped by a full disk goes on from
+its last checkpoint to the very bits of a run that was left alone: weights, moving average, optimizer state and log.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from programs import TINY, TWO, log, mistake, run, same, start
+
+import storage
+
+STEPS = ["--max_iters=40", "--eval_interval=20", "--gradient_accumulation_steps=8", "--dropout=0.1"]
+ALONE = (sys.executable,)
+LAUNCHERS = {1: ALONE, 2: TWO}
+KINDS = {"train.py": "flm", "distill.py": "fmlm"}
+
+
+class Run:
+    """One training run in a folder of its own."""
+
+    def __init__(self, toy, script, processes, folder):
+        data, common, *_ = toy
+        self.path, self.script, self.launcher = folder / f"{KINDS[script]}.pt", script, LAUNCHERS[processes]
+        self.pids = folder / "pids"
+        self.pids.mkdir(parents=True)
+        (folder / "tell_pid.py").write_text(  # a config file is Python: let every process say who it is
+            f"import os as _os\nopen('{self.pids}/' + _os.environ.get('RANK', '0'), 'w').write(str(_os.getpid()))\n")
+        self.command = [script, folder / "tell_pid.py", *common, *(TINY if script == "train.py" else ["--batch_size=8"]),
+                        f"--out_dir={folder}", *STEPS]
+        if script == "distill.py":
+            (folder / "flm.pt").write_bytes((data / "out" / "flm.pt").read_bytes())
+
+    def to_the_end(self, *options):
+        run(*self.command, *options, launcher=self.launcher)
+        return torch.load(self.path), log(self.path.with_suffix(".jsonl"))
+
+    def until(self, lines):
+        """Start it and return as soon as its log has so many lines."""
+        process, written = start(*self.command, launcher=self.launcher), self.path.with_suffix(".jsonl")
+        while not written.exists() or written.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        return process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy, tmp_path_factory):
+    """(script, processes) -> checkpoint and log of a run that nobody disturbs; made once."""
+    done = {}
+
+    def result(script, processes):
+        if (script, processes) not in done:
+            done[script, processes] = Run(toy, script, processes, tmp_path_factory.mktemp("whole")).to_the_end()
+        return done[script, processes]
+    return result
+
+
+def assert_same_run(found, expected):
+    for key in ("model", "ema", "optimizers", "scaler", "step", "generator"):
+        assert same(found[0][key], expected[0][key]), key
+    assert found[1] == expected[1]  # every record: losses, learning rates, gradient norms, validations
+
+
+@pytest.mark.parametrize("processes", LAUNCHERS)
+@pytest.mark.parametrize("script", KINDS)
+def test_killed_at_a_random_moment(toy, undisturbed, script, processes, tmp_path):
+    """SIGKILL to every process some steps after the checkpoint of step 20."""
+    disturbed = Run(toy, script, processes, tmp_path)
+    process = disturbed.until(lines=random.Random(f"{script} {processes}").randrange(24, 34))
+    for pid in disturbed.pids.iterdir():
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert torch.load(disturbed.path)["step"] == 20
+    assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed(script, processes))
+
+
+@pytest.mark.parametrize("script, processes, number", [
+    ("train.py", 1, signal.SIGINT), ("distill.py", 1, signal.SIGTERM), ("train.py", 2, signal.SIGINT)])
+def test_interrupted(toy, undisturbed, script, processes, number, tmp_path):
+    """Ctrl-C or SIGTERM (to torchrun, where it launched the processes) finishes the step, writes a checkpoint, says where,
+    and ends with a status that is not 0."""
+    disturbed = Run(toy, script, processes, tmp_path)
+    process = disturbed.until(lines=5)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    step = torch.load(disturbed.path)["step"]
+    assert 0 < step < 40
+    assert f"stopped at step {step}, saved {disturbed.path}; continue with --init_from=resume" in err
+    assert process.returncode == 130 if processes == 1 else process.returncode != 0
+    assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed(script, processes))
+
+
+def test_killed_in_the_middle_of_writing(toy, undisturbed, tmp_path):
+    """The second checkpoint is half on the disk when the process dies: the first one is whole, and enough."""
+    disturbed = Run(toy, "train.py", 1, tmp_path)
+    config = tmp_path / "tell_pid.py"
+    harmless = config.read_text()
+    config.write_text("""
+import io as _io, os as _os, signal as _signal, torch as _torch
+_save, _saved = _torch.save, []
+def _die_in_the_second(checkpoint, file):
+    whole = _io.BytesIO()
+    _save(checkpoint, whole)
+    file.write(whole.getvalue() if not _saved else whole.getvalue()[:len(whole.getvalue()) // 2])
+    file.flush()
+    _saved.append(1)
+    if len(_saved) == 2:
+        _os.kill(_os.getpid(), _signal.SIGKILL)
+_torch.save = _die_in_the_second
+""")
+    run(*disturbed.command, status=-signal.SIGKILL)
+    half = tmp_path / "flm.pt.tmp"
+    assert 0 < half.stat().st_size < disturbed.path.stat().st_size
+    assert torch.load(disturbed.path)["step"] == 20
+    config.write_text(harmless)
+    assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed("train.py", 1))
+    assert not half.exists()
+
+
+def test_full_disk(toy, monkeypatch, tmp_path):
+    """A real write that fails: the checkpoint before it stays, the error says so, and the run goes on from there."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full to write to")
+    folder, common, *_ = toy
+    path = tmp_path / "flm.pt"
+    path.write_bytes((folder / "out" / "flm.pt").read_bytes())
+    (tmp_path / "flm.pt.tmp").symlink_to("/dev/full")
+    command = ["train.py", *common, *TINY, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=9"]
+    said = mistake(monkeypatch, *command)
+    assert said == f"error: cannot write {path} (No space left on device); what was there is untouched"
+    assert path.read_bytes() == (folder / "out" / "flm.pt").read_bytes()
+    run(*command)
+    assert torch.load(path)["step"] == 9
+
+
+def test_full_disk_under_the_log(monkeypatch, tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full to write to")
+    from common import Machine
+    record = storage.Log(tmp_path / "flm.jsonl", Machine("cpu", "float32"), 0, "", {})
+    (tmp_path / "flm.jsonl").unlink()
+    (tmp_path / "flm.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stopped:
+        record.write(1, loss=2.0)
+    assert stopped.value.code == (f"error: cannot write {tmp_path / 'flm.jsonl'} (No space left on device); the last "
+                                  f"checkpoint is untouched")
+
+
+def test_a_log_cut_short_by_a_crash_is_taken_up(tmp_path):
+    """The half line is dropped, and so is every record past the checkpoint."""
+    from common import Machine
+    path = tmp_path / "flm.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    record = storage.Log(path, Machine("cpu", "float32"), 1, "", {})
+    record.write(2, loss=1.25)
+    assert log(path) == [dict(step=1, loss=2.0), dict(step=2, loss=1.25)]
+
+
+def test_two_ctrl_c_end_at_once():
+    """The first lets the step finish; a person who insists does not wait for it."""
+    from common import Progress
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        progress = Progress(0, 10, 10)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert progress.interrupted
+        with pytest.raises(SystemExit) as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert stopped.value.code == 130
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
