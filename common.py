@@ -78,6 +78,9 @@ def configure(script: dict, argv: list[str]) -> dict:
     return settings
 
 
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
 def require_known(settings: dict, key: str, where: str) -> None:
     if key not in settings:
         nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0.0)[0]
@@ -97,7 +100,7 @@ def checked(settings: dict, key: str, value: object, where: str) -> object:
     except (KeyError, ValueError, OverflowError):
         pass
     if type(value) is not wanted or wanted is float and not math.isfinite(value):
-        fail(f"{key}={value} {where}: expected {wanted.__name__}, such as {settings[key]!r}")
+        fail(f"{key}={value} {where}: expected {EXPECTED[wanted]}, such as {settings[key]!r}")
     return value
 
 

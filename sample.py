@@ -45,6 +45,8 @@ common.require_in(settings, "[0, 1]", "gamma")
 wanted = common.parse_steps(steps)
 if flow_steps and init_from:
     common.fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from")
+if out:
+    storage.require_writable(Path(out))
 machine = common.Machine(device, dtype)
 checkpoint = storage.find_checkpoint(Path(out_dir), model, init_from, trust_checkpoint)
 L = storage.set_length(checkpoint, block_size, init_from)

@@ -47,6 +47,17 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
         fail(f"cannot write {path} ({getattr(cause, 'strerror', None) or cause}); what was there is untouched")
 
 
+def require_writable(path: Path) -> None:
+    """Exits when nothing can be written to `path`: better told before the work than after it."""
+    part = path.with_suffix(path.suffix + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror})")
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint, atomically: see `replace_file`."""
     replace_file(path, lambda file: torch.save(checkpoint, file))
@@ -71,6 +82,8 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
         fail(f"no checkpoint {path}; train.py writes flm.pt, distill.py reads it and writes fmlm.pt")
     try:
         checkpoint = read_tensors(path, trust)
+        if not isinstance(checkpoint, dict) or not {"format", "state_dict"} & checkpoint.keys():
+            raise ValueError("it has neither a format nor a state_dict")
         if "state_dict" in checkpoint:
             checkpoint = released.translate(checkpoint)
         if checkpoint["format"] != "flm-1":

@@ -44,12 +44,16 @@ def mistake(monkeypatch, *command):
     return stopped.value.code  # sys.exit(text) prints the text on stderr and ends with status 1
 
 
-def write_toy(folder: Path):
-    """A set of 16 characters: 2,000 tokens to train on and 400 held out."""
-    text = "the cat sat on the mat. a dog ran to the red hut.\n" * 40
+def write_set(folder: Path, text: str):
+    """A set of `text` in characters, its first 400 also held out."""
     encoding = tokenizer.char_encoding(text, "toy")
     ids = np.array(encoding.encode(text))
     corpus.write_bins(folder, encoding, [ids], [ids[:400]], None)
+
+
+def write_toy(folder: Path):
+    """2,000 tokens, V = 16."""
+    write_set(folder, "the cat sat on the mat. a dog ran to the red hut.\n" * 40)
 
 
 def log(path):

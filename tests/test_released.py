@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from programs import QUICK, log, mistake, run, write_toy
+from programs import QUICK, log, mistake, run, write_set, write_toy
 
 import storage
-from data import corpus, tokenizer
 
 OURS = ROOT / "tests" / "fixtures"
 AUTHORS = ROOT.parent / "shared" / "fixtures"
@@ -127,10 +126,7 @@ def test_wordpieces_are_joined(vocabulary):
 
 def test_distilling_a_released_teacher(tmp_path, vocabulary):
     """distill.py takes the file as its teacher, and the flow map it writes is one of ours, with the set's tokenizer."""
-    text = "".join(chr(97 + i) for i in range(12)) * 50
-    encoding = tokenizer.char_encoding(text, "letters")
-    ids = corpus.np.array(encoding.encode(text))
-    corpus.write_bins(tmp_path / "data", encoding, [ids], [ids], None)
+    write_set(tmp_path / "data", "abcdefghijkl" * 50)
     run("distill.py", *QUICK, f"--teacher={OURS / 'released_flm.ckpt'}", "--block_size=5", "--batch_size=8",
         f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}")
     checkpoint = storage.load_checkpoint(tmp_path / "out" / "fmlm.pt", "fmlm")

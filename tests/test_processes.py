@@ -1,0 +1,111 @@
+"""python -m pytest tests/test_processes.py
+
+Several processes are one: the same gradient, the same noise, every sample once, one writer; and when one of them ends,
+all do, with the words of the one that knows why.
+"""
+
+import socket
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from programs import QUICK, TINY, TORCHRUN, TWO, run, start, write_set, write_toy
+
+# A config file is Python. This one gives every process a folder of its own and writes down the rows it reads.
+SPY = """
+import os as _os
+import data.loader as _loader
+_rank, _row = _os.environ.get("RANK", "0"), _loader.Data.row
+out_dir = f"{_folder}/out{_rank}"
+def _row_and_tell(self, n):
+    if "train.bin" in str(self.path):
+        print(n, file=open(f"{_folder}/rows{_rank}", "a"))
+    return _row(self, n)
+_loader.Data.row = _row_and_tell
+"""
+ONE_STEP = ["--max_iters=1", "--eval_interval=1", "--grad_clip=0", "--beta1=0.5", "--dropout=0"]
+
+
+def take_a_step(folder, script, *options, launcher=(sys.executable,)):
+    """One optimizer step. Returns its gradient: Adam's first moment after one step is (1 - beta1) times it."""
+    folder.mkdir()
+    (folder / "spy.py").write_text(f"_folder = {str(folder)!r}\n" + SPY)
+    run(script, folder / "spy.py", *QUICK, *ONE_STEP, *options, launcher=launcher)
+    checkpoint = torch.load(folder / "out0" / f"{'fmlm' if script == 'distill.py' else 'flm'}.pt")
+    return {name: state["exp_avg"] / 0.5 for name, state in checkpoint["optimizers"][0]["state"].items()}
+
+
+def assert_close(found, expected):
+    size = max(g.abs().max() for g in expected.values())
+    assert size > 1e-3
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], atol=1e-6 * size, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("n_embd", [8, 16])  # noise through the Gram matrix (V = 16 > d), and in all V dimensions
+def test_gradient_is_that_of_the_concatenated_batch(toy, n_embd, tmp_path):
+    """Two processes with 8 texts each, one with 16 texts, one with twice 8: the same samples, times and noise."""
+    options = [f"--dataset={toy[0] / 'data'}", *TINY, f"--n_embd={n_embd}"]
+    two = take_a_step(tmp_path / "two", "train.py", *options, "--gradient_accumulation_steps=2", launcher=TWO)
+    one = take_a_step(tmp_path / "one", "train.py", *options, "--batch_size=16")
+    assert_close(two, one)
+
+    read = [[int(line) for line in (tmp_path / "two" / f"rows{rank}").read_text().split()] for rank in range(2)]
+    assert sorted(read[0] + read[1]) == list(range(16)) and len(read[0]) == len(read[1])  # sharded without overlap
+    assert (tmp_path / "two" / "out0" / "flm.pt").exists()
+    assert not (tmp_path / "two" / "out1").exists()                                      # only process 0 writes
+
+
+def test_gradient_of_distillation(tmp_path):
+    """Its micro-batches each have a diagonal part, so one process takes two of them. The teacher is one with something to
+    teach: the toy flow, six steps old, would give next to no gradient."""
+    write_set(tmp_path / "data", "abcdefghijkl" * 50)
+    options = [f"--dataset={tmp_path / 'data'}", f"--teacher={ROOT / 'tests' / 'fixtures' / 'released_flm.ckpt'}",
+               "--block_size=5", "--batch_size=8", "--gradient_accumulation_steps=2"]
+    assert_close(take_a_step(tmp_path / "two", "distill.py", *options, launcher=TWO),
+                 take_a_step(tmp_path / "one", "distill.py", *options))
+
+
+def test_two_agents(toy, tmp_path):
+    """The command of the README for two nodes, on one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _, common, *_ = toy
+    command = ["train.py", *common, *TINY, "--max_iters=2", "--gradient_accumulation_steps=2"]
+    agents = [start(*command, f"--out_dir={tmp_path / str(rank)}",
+                    launcher=(*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
+                              "--master_addr=127.0.0.1", f"--master_port={port}")) for rank in range(2)]
+    said = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert "machine: 2 x cpu" in said[0][0] and said[1][0] == ""
+    assert not (tmp_path / "1").exists()
+    run(*command, f"--out_dir={tmp_path / 'alone'}")
+    together, alone = (torch.load(tmp_path / name / "flm.pt") for name in ("0", "alone"))
+    for name, weight in alone["model"].items():
+        assert torch.allclose(together["model"][name], weight, atol=1e-5), name
+    assert together["generator"] == alone["generator"]
+
+
+def test_a_process_that_ends_takes_the_others_along(toy, tmp_path):
+    """One node has damaged data: its error is on the screen, no process keeps waiting, and none shows a traceback."""
+    data, common, *_ = toy
+    write_toy(tmp_path / "damaged")
+    tokens = bytearray((tmp_path / "damaged" / "train.bin").read_bytes())
+    tokens[::2] = b"\xff" * (len(tokens) // 2)
+    (tmp_path / "damaged" / "train.bin").write_bytes(tokens)
+    config = tmp_path / "config.py"
+    config.write_text(f"import os as _os\nif _os.environ['RANK'] == '1': dataset = '{tmp_path / 'damaged'}'\n")
+    said = run("train.py", config, *[word for word in common if "dataset" not in word], f"--out_dir={tmp_path / 'out'}",
+               *TINY, "--gradient_accumulation_steps=2", launcher=TWO, status=1)
+    assert f"error: {tmp_path / 'damaged' / 'train.bin'} holds token 255, past its vocabulary of 16" in said
+    assert "error: process 0 stops because another one did" in said
+    assert 'train.py", line' not in said  # the only traceback is torchrun's own
+    assert not (tmp_path / "out" / "flm.pt").exists()
+
+
+def test_micro_steps_must_go_round(toy):
+    said = run("train.py", *toy[1], *TINY, launcher=TWO, status=1)
+    assert ("error: gradient_accumulation_steps=1 must be a multiple of the 2 processes, which share the micro-steps of a "
+            "step") in said
