@@ -1,4 +1,4 @@
-"""What the programs share: settings, the device and its processes, randomness, progress. No mathematics.
+"""What the programs share: settings, the device and its processes, randomness. No mathematics.
 
 - settings are the plain globals of each script; a config file and `--key=value` replace them, and nothing else can;
 - every random number of a run is a function of (seed, what it is for, index of the sample), never of how many were
@@ -13,7 +13,6 @@ import re
 import runpy
 import signal
 import sys
-import time
 import types
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -23,8 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from model import FlowTransformer
 
 
 def fail(message: str):
@@ -118,17 +115,6 @@ def require_in(settings: dict, interval: str, *keys: str) -> None:
             fail(f"{key}={value}: must lie in {interval}")
 
 
-def require_trainable(settings: dict) -> None:
-    """What train.py and distill.py ask of the settings that both have."""
-    require_choice("optimizer", settings["optimizer"], ("adamw", "muon"))
-    require_choice("schedule", settings["schedule"], ("constant", "cosine"))
-    require_in(settings, "[1, inf)", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
-               "eval_iters", "log_interval")
-    require_in(settings, "(0, inf)", "learning_rate")
-    require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed")
-    require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay", "dropout")
-
-
 def parse_steps(text: str) -> list[int]:
     """"1,2,4" -> [1, 2, 4]; exits unless all are positive integers."""
     try:
@@ -207,6 +193,16 @@ class Machine:
         return f"{self.world} x {name}{threads}, {self.dtype}"
 
 
+def compiled(model: nn.Module, machine: Machine) -> nn.Module:
+    """torch.compile(model), which shares its weights. A trifle is compiled first: exits where that does not work."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=machine.device))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        fail(f"compile=true does not work here ({reason}); install a C++ compiler such as g++, or set compile=false")
+    return torch.compile(model)
+
+
 def fast_dtype(device_type: str) -> str:
     if device_type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -235,125 +231,3 @@ def sample_normals(seed: int, samples: Iterable[int], L: int, device: torch.devi
     the same whichever process draws it, and whatever the batch. For flow.latent_noise."""
     generators = [generator(seed, sample, device=device) for sample in samples]
     return lambda n: torch.stack([torch.randn(L, n, generator=g, device=device) for g in generators])
-
-
-# ---------------------------------------------------------------- the run
-
-class LossWatch:
-    """Remembers the first step with a loss that is not a finite number, and the times drawn there, on the device: to
-    look at every loss would be to wait for it.
-
-    names: what to call the times. Steps count from 1, as in the log.
-    """
-
-    def __init__(self, machine: Machine, *names: str):
-        self.machine, self.names = machine, names
-        self.first = torch.full((1 + len(names),), math.inf, device=machine.device)  # step, times
-
-    def see(self, step: int, losses: Tensor, *times: Tensor) -> None:
-        """losses (B,) and times (B,) each of a micro-step."""
-        bad = ~losses.isfinite()
-        row = bad.int().argmax(0, keepdim=True)                                 # the first such row
-        here = torch.cat([torch.where(bad.any(), step, math.inf)[None], *(t.gather(0, row) for t in times)])
-        self.first = torch.where(here[0] < self.first[0], here, self.first)
-
-    def check(self) -> None:
-        """Exits if there was such a step: the process where it came up first says so. Waits for the device."""
-        step, *times = self.first.tolist()
-        first = self.machine.total(self.first[0].clone(), dist.ReduceOp.MIN).item()
-        if first < math.inf:
-            if step > first:
-                sys.exit(1)
-            where = ", ".join(f"{name} = {time:.6g}" for name, time in zip(self.names, times))
-            fail(f"the loss is not a finite number at step {step:.0f}, first for a text at {where}; the last checkpoint "
-                 f"is untouched; try a lower learning_rate")
-
-
-def compiled(model: nn.Module, machine: Machine) -> nn.Module:
-    """torch.compile(model), which shares its weights. A trifle is compiled first: exits where that does not work."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=machine.device))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        fail(f"compile=true does not work here ({reason}); install a C++ compiler such as g++, or set compile=false")
-    return torch.compile(model)
-
-
-def share_of_steps(gradient_accumulation_steps: int, machine: Machine) -> int:
-    """How many of a step's micro-steps this process takes."""
-    if gradient_accumulation_steps % machine.world:
-        fail(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {machine.world} "
-             f"processes, which share the micro-steps of a step")
-    return gradient_accumulation_steps // machine.world
-
-
-def announce(what: str, model: FlowTransformer, machine: Machine, train_tokens: int, tokens_per_step: int,
-             max_iters: int, path: Path, passes: float) -> None:
-    """Print what a person wants to know before a run. passes: forward passes a token costs, a backward counting two."""
-    n = sum(p.numel() for p in model.parameters())
-    used = n - model.embed.weight.numel()  # looking a row up costs nothing; the head is a matrix product
-    tokens = tokens_per_step * max_iters
-    print(f"{what}: {n / 1e6:.2f} M parameters, vocabulary {model.config.vocab_size:,}, "
-          f"{model.config.block_size} tokens a sequence")
-    print(f"machine: {machine.describe()}")
-    print(f"run: {max_iters:,} steps of {tokens_per_step:,} tokens = {tokens / 1e6:.1f} M tokens "
-          f"({tokens / train_tokens:.1f} epochs), about {2 * passes * used * tokens:.1e} floating-point operations "
-          f"-> {path}", flush=True)
-
-
-def bin_means(sums: Tensor, counts: Tensor) -> list[float | None]:
-    """sums / counts, None where a bin is empty."""
-    return [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist())]
-
-
-def show(bins: Iterable[float | None]) -> str:
-    return " ".join("-" if x is None else f"{x:.2f}" for x in bins)
-
-
-class Progress:
-    """Speed and time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint be written. A
-    second Ctrl-C ends at once (not under torchrun, which passes the first one on a second time)."""
-
-    def __init__(self, step: int, max_iters: int, tokens_per_step: int):
-        self.max_iters, self.tokens_per_step, self.interrupted, self.stopped = max_iters, tokens_per_step, False, False
-        self.step, self.start, self.rate = step, time.perf_counter(), None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        if self.interrupted and number == signal.SIGINT and not dist.is_initialized():
-            sys.exit(130)
-        self.interrupted = True
-
-    def should_stop(self, machine: Machine) -> bool:
-        """Whether any process was interrupted. They must agree, or the others would wait for the one that left."""
-        self.stopped = bool(machine.total(torch.tensor(float(self.interrupted))))
-        return self.stopped
-
-    def restart(self, step: int) -> None:
-        """Leave out of the speed what was not training."""
-        self.step, self.start = step, time.perf_counter()
-
-    def line(self, step: int) -> str:
-        """'12.3k tok/s, 1:05 left', measured since the last call."""
-        now = time.perf_counter()
-        seconds = (now - self.start) / max(1, step - self.step)
-        self.step, self.start = step, now
-        self.rate = seconds if self.rate is None else 0.7 * self.rate + 0.3 * seconds
-        left = int((self.max_iters - step) * self.rate)
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
-        return f"{self.tokens_per_step / seconds / 1000:.1f}k tok/s, {clock} left"
-
-
-def finish(progress: Progress, step: int, max_iters: int, path: Path, save: Callable[[], None], machine: Machine):
-    """The last words of a training script: where the result is, or where an interrupted run can be taken up."""
-    if progress.stopped and step < max_iters:
-        save()
-        if machine.main:
-            print(f"stopped at step {step}, saved {path}; continue with --init_from=resume", file=sys.stderr)
-    elif machine.main:
-        print(f"done: {path}")
-    if machine.world > 1:
-        dist.destroy_process_group()
-    if progress.stopped and step < max_iters:
-        sys.exit(130)

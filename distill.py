@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import common
-import optim
 import storage
+import training
 from data.loader import Data
 from flow import latent_noise, noise_factor, stratified
 from flowmap import OBJECTIVES, distillation_loss, off_diagonal_times
@@ -66,7 +66,7 @@ seed = 1
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_choice("objective", objective, OBJECTIVES)
-common.require_trainable(settings)
+training.require_trainable(settings)
 common.require_in(settings, "[0, 1)", "diagonal_share")
 common.require_in(settings, "[0, 1]", "full_jump_share")
 common.require_in(settings, "[0, inf)", "block_size")
@@ -75,7 +75,7 @@ common.require_in(settings, "[0, inf)", "block_size")
 
 machine = common.Machine(device, dtype)
 path = Path(out_dir) / "fmlm.pt"
-local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
+local_steps = training.share_of_steps(gradient_accumulation_steps, machine)
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 n_diagonal = round(diagonal_share * batch_size)
 if not 0 <= n_diagonal < batch_size:
@@ -100,8 +100,9 @@ else:
     student = storage.build_model(flm, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
 ema = copy.deepcopy(student).eval()
-optimizers = optim.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
+optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
 step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+training.require_alike(settings, data, step, machine)
 
 clock = storage.build_clock(flow.config, flm["clock_embedding_share"], machine.device)
 E = student.embed.weight
@@ -109,8 +110,8 @@ factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
 net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
 log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
-    common.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,
-                    path, passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
+    training.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,
+                      path, passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
 
 
 def noise(samples, purpose):
@@ -152,7 +153,7 @@ def validate() -> tuple[float, list[float | None]]:
         bins[:n_diagonal] = 0
         total.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
     losses, counts = machine.total(total).cpu()
-    return (losses.sum() / counts.sum()).item(), common.bin_means(losses, counts)
+    return (losses.sum() / counts.sum()).item(), training.bin_means(losses, counts)
 
 
 def save() -> None:
@@ -163,19 +164,19 @@ def save() -> None:
 # ---------------------------------------------------------------- the loop
 
 resumed_at = step if checkpoint else None  # that step's validation is in the log already
-progress = common.Progress(step, max_iters, sequences * block_size)
-watch = common.LossWatch(machine, "tau_s", "tau_t")
+progress = training.Progress(step, max_iters, sequences * block_size)
+watch = training.LossWatch(machine, "tau_s", "tau_t")
 while True:
-    lr = optim.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
-    optim.set_learning_rate(optimizers, lr)
+    lr = training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
+    training.set_learning_rate(optimizers, lr)
 
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
         watch.check()
         mean, bins = validate()
         log.write(step, val_loss=mean, val_diagonal=bins[0], val_loss_by_length=bins[1:])
         if machine.main:
-            print(f"step {step}: validation loss {mean:.3f}; diagonal {common.show(bins[:1])}; "
-                  f"by length 0..1: {common.show(bins[1:])}", flush=True)
+            print(f"step {step}: validation loss {mean:.3f}; diagonal {training.show(bins[:1])}; "
+                  f"by length 0..1: {training.show(bins[1:])}", flush=True)
         if step > 0:
             save()
         progress.restart(step)
@@ -195,8 +196,8 @@ while True:
         machine.scaler.scale(losses.mean() / local_steps).backward()
         means += torch.stack([losses.detach().mean(), cut.mean()]) / local_steps
         watch.see(step + 1, losses.detach(), start, end)
-    norm = optim.optimizer_step(student, optimizers, machine, grad_clip)
-    optim.update_ema(ema, student, ema_decay, step)
+    norm = training.optimizer_step(student, optimizers, machine, grad_clip)
+    training.update_ema(ema, student, ema_decay, step)
     step, samples_seen = step + 1, samples_seen + sequences
 
     if step % log_interval == 0:
@@ -208,4 +209,4 @@ while True:
             print(f"step {step}/{max_iters} | loss {value:.4f}{outside} | lr {lr:.1e} | {progress.line(step)}",
                   flush=True)
 
-common.finish(progress, step, max_iters, path, save, machine)
+training.finish(progress, step, max_iters, path, save, machine)

@@ -57,13 +57,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "a
     path: "sdpa"  the fused kernel, which knows no soft cap;
           "flex"  flex_attention, compiled: soft cap without an (L, L) matrix, CUDA only in practice;
           "math"  plain matrix products: the reference, and the only one forward-mode derivatives pass through;
-          "auto"  sdpa without a cap, flex on CUDA with one, math elsewhere. Also math for up to 256 tokens on a CPU,
-                  where the backward pass of sdpa is slower.
+          "auto"  sdpa without a cap, flex on CUDA with one, math elsewhere. Also math instead of flex for up to 256
+                  tokens, whose (L, L) matrix is small, and instead of sdpa on a CPU, where its backward pass is slower.
     Raises ValueError for sdpa with a cap and for an unknown path.
     """
     if path == "auto":
-        short = q.device.type == "cpu" and q.size(-2) <= 256
-        path = "sdpa" if not softcap and not short else "flex" if q.is_cuda else "math"
+        short = q.size(-2) <= 256
+        if softcap:
+            path = "flex" if q.is_cuda and not short else "math"
+        else:
+            path = "math" if q.device.type == "cpu" and short else "sdpa"
     if path == "sdpa" and not softcap:
         return F.scaled_dot_product_attention(q, k, v)
     if path == "flex":

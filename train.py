@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import common
-import optim
 import storage
+import training
 from data.loader import Data
 from flow import flow_loss, latent_noise, noise_factor, stratified
 from model import ModelConfig
@@ -68,7 +68,7 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
-common.require_trainable(settings)
+training.require_trainable(settings)
 common.require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
 common.require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
 common.require_in(settings, "[0, 1]", "clock_embedding_share")
@@ -79,7 +79,7 @@ machine = common.Machine(device, dtype)
 path = Path(out_dir) / "flm.pt"
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
-local_steps = common.share_of_steps(gradient_accumulation_steps, machine)
+local_steps = training.share_of_steps(gradient_accumulation_steps, machine)
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
@@ -92,15 +92,16 @@ if checkpoint:
 else:
     model = storage.new_model(data.meta["vocab_size"], shape, machine.device)
 ema = copy.deepcopy(model).eval()
-optimizers = optim.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
+optimizers = training.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
 step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+training.require_alike(settings, data, step, machine)
 
 clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
 net = common.compiled(model, machine) if compile else model  # same weights, faster
 log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
-    common.announce("flow language model", model, machine, len(data.tokens), sequences * block_size, max_iters, path,
-                    passes=3)
+    training.announce("flow language model", model, machine, len(data.tokens), sequences * block_size, max_iters, path,
+                      passes=3)
 
 
 def noise(E, factor, samples, purpose):
@@ -127,7 +128,7 @@ def validate() -> tuple[float, list[float | None]]:
         total.index_add_(1, (times * 10).long().clamp_max(9),
                          torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
     losses, counts = machine.total(total).cpu()
-    return (losses.sum() / counts.sum()).item(), common.bin_means(losses, counts)
+    return (losses.sum() / counts.sum()).item(), training.bin_means(losses, counts)
 
 
 def save() -> None:
@@ -138,18 +139,18 @@ def save() -> None:
 # ---------------------------------------------------------------- the loop
 
 resumed_at = step if checkpoint else None  # that step's validation is in the log already
-progress = common.Progress(step, max_iters, sequences * block_size)
-watch = common.LossWatch(machine, "tau")
+progress = training.Progress(step, max_iters, sequences * block_size)
+watch = training.LossWatch(machine, "tau")
 while True:
-    lr = optim.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
-    optim.set_learning_rate(optimizers, lr)
+    lr = training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
+    training.set_learning_rate(optimizers, lr)
 
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
         watch.check()
         mean, bins = validate()
         log.write(step, val_loss=mean, val_loss_by_tau=bins)
         if machine.main:
-            print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: {common.show(bins)}", flush=True)
+            print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: {training.show(bins)}", flush=True)
         if step > 0:
             save()
         progress.restart(step)
@@ -172,8 +173,8 @@ while True:
         machine.scaler.scale(losses.mean() / local_steps).backward()
         step_loss += losses.detach().mean() / local_steps
         watch.see(step + 1, losses.detach(), times)
-    norm = optim.optimizer_step(model, optimizers, machine, grad_clip)
-    optim.update_ema(ema, model, ema_decay, step)
+    norm = training.optimizer_step(model, optimizers, machine, grad_clip)
+    training.update_ema(ema, model, ema_decay, step)
     step, samples_seen = step + 1, samples_seen + sequences
 
     if step % log_interval == 0:
@@ -183,4 +184,4 @@ while True:
         if machine.main:
             print(f"step {step}/{max_iters} | loss {value:.3f} | lr {lr:.1e} | {progress.line(step)}", flush=True)
 
-common.finish(progress, step, max_iters, path, save, machine)
+training.finish(progress, step, max_iters, path, save, machine)

@@ -90,15 +90,16 @@ def test_two_agents(toy, tmp_path):
 
 def test_a_process_that_ends_takes_the_others_along(toy, tmp_path):
     """One node has damaged data: its error is on the screen, no process keeps waiting, and none shows a traceback."""
-    data, common, *_ = toy
+    data, *_ = toy
     write_toy(tmp_path / "damaged")
     tokens = bytearray((tmp_path / "damaged" / "train.bin").read_bytes())
     tokens[::2] = b"\xff" * (len(tokens) // 2)
     (tmp_path / "damaged" / "train.bin").write_bytes(tokens)
     config = tmp_path / "config.py"
-    config.write_text(f"import os as _os\nif _os.environ['RANK'] == '1': dataset = '{tmp_path / 'damaged'}'\n")
-    said = run("train.py", config, *[word for word in common if "dataset" not in word], f"--out_dir={tmp_path / 'out'}",
-               *TINY, "--gradient_accumulation_steps=2", launcher=TWO, status=1)
+    sets = [str(data / "data"), str(tmp_path / "damaged")]
+    config.write_text(f"import os as _os\ndataset = {sets}[int(_os.environ['RANK'])]\n")
+    said = run("train.py", config, *QUICK, *TINY, f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2",
+               launcher=TWO, status=1)
     assert f"error: {tmp_path / 'damaged' / 'train.bin'} holds token 255, past its vocabulary of 16" in said
     assert "error: process 0 stops because another one did" in said
     assert 'train.py", line' not in said  # the only traceback is torchrun's own
@@ -109,3 +110,13 @@ def test_micro_steps_must_go_round(toy):
     said = run("train.py", *toy[1], *TINY, launcher=TWO, status=1)
     assert ("error: gradient_accumulation_steps=1 must be a multiple of the 2 processes, which share the micro-steps of a "
             "step") in said
+
+
+def test_processes_must_be_started_alike(toy, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("import os as _os\nlearning_rate = 0.01 if _os.environ['RANK'] == '1' else 0.02\n")
+    said = run("train.py", config, *toy[1], *TINY, f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2",
+               launcher=TWO, status=1)
+    assert ("error: the processes were started with different settings, data or checkpoints; give all of them the same"
+            in said)
+    assert not (tmp_path / "flm.jsonl").exists()

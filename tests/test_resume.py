@@ -166,7 +166,7 @@ def test_a_log_cut_short_by_a_crash_is_taken_up(tmp_path):
 
 def test_two_ctrl_c_end_at_once():
     """The first lets the step finish; a person who insists does not wait for it."""
-    from common import Progress
+    from training import Progress
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         progress = Progress(0, 10, 10)

@@ -1,0 +1,206 @@
+"""What train.py and distill.py share: optimizers, the learning-rate schedule, the moving average of the weights, and
+the running commentary: a loss that is no number, progress, the interrupt, the last words."""
+
+import hashlib
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common import Machine, fail, require_choice, require_in
+from data.loader import Data
+from model import FlowTransformer
+
+
+def require_trainable(settings: dict) -> None:
+    """What train.py and distill.py ask of the settings that both have."""
+    require_choice("optimizer", settings["optimizer"], ("adamw", "muon"))
+    require_choice("schedule", settings["schedule"], ("constant", "cosine"))
+    require_in(settings, "[1, inf)", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
+               "eval_iters", "log_interval")
+    require_in(settings, "(0, inf)", "learning_rate")
+    require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed")
+    require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay", "dropout")
+
+
+def require_alike(settings: dict, data: Data, step: int, machine: Machine) -> None:
+    """Exits unless all processes have the same settings (places apart), data and first step. With others their weights
+    would drift apart, and nothing would show it."""
+    facts = [settings[key] for key in settings if key not in ("out_dir", "dataset", "teacher", "device", "wandb_project")]
+    facts += [data.meta["tokenizer"], len(data.tokens), step]
+    digest = float(int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4], "big"))
+    low, minus_high = machine.total(torch.tensor([digest, -digest], dtype=torch.float64), dist.ReduceOp.MIN).tolist()
+    if low != -minus_high:
+        fail("the processes were started with different settings, data or checkpoints; give all of them the same")
+
+
+# ---------------------------------------------------------------- optimizers, schedule, moving average
+
+def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, betas: tuple[float, float],
+                    weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if p.ndim == 2 and re.search(r"(qkv|attn_out|mlp_in|mlp_out)\.weight", name)]
+    muon = {id(p) for p in hidden} if optimizer == "muon" else set()
+    device = named[0][1].device.type
+    optimizers = [torch.optim.AdamW([p for _, p in named if id(p) not in muon], learning_rate, betas,
+                                    weight_decay=weight_decay, fused=device in ("cuda", "cpu"))]
+    if muon:  # its step is rescaled to the size of AdamW's, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def optimizer_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine, grad_clip: float
+                   ) -> Tensor:
+    """Average the gradients over the processes, clip, step. Returns the norm before clipping, still on the device."""
+    machine.average_gradients(model.parameters())
+    for optimizer in optimizers:
+        machine.scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for optimizer in optimizers:
+        machine.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    machine.scaler.update()
+    return norm
+
+
+def learning_rate_at(step: int, peak: float, final: float, schedule: str, warmup_iters: int, max_iters: int) -> float:
+    """Linear warm-up to `peak`, then "constant", or "cosine" down to `final` at max_iters."""
+    if step < warmup_iters:
+        return peak * (step + 1) / warmup_iters
+    if schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
+    return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema <- decay ema + (1 - decay) model, with decay at most (1 + step)/(10 + step) so that the start is forgotten."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+
+
+# ---------------------------------------------------------------- the run
+
+class LossWatch:
+    """Remembers the first step with a loss that is not a finite number, and the times drawn there, on the device: to
+    look at every loss would be to wait for it.
+
+    names: what to call the times. Steps count from 1, as in the log.
+    """
+
+    def __init__(self, machine: Machine, *names: str):
+        self.machine, self.names = machine, names
+        self.first = torch.full((1 + len(names),), math.inf, device=machine.device)  # step, times
+
+    def see(self, step: int, losses: Tensor, *times: Tensor) -> None:
+        """losses (B,) and times (B,) each of a micro-step."""
+        bad = ~losses.isfinite()
+        row = bad.int().argmax(0, keepdim=True)                                 # the first such row
+        here = torch.cat([torch.where(bad.any(), step, math.inf)[None], *(t.gather(0, row) for t in times)])
+        self.first = torch.where(here[0] < self.first[0], here, self.first)
+
+    def check(self) -> None:
+        """Exits if there was such a step: the process where it came up first says so. Waits for the device."""
+        step, *times = self.first.tolist()
+        first = self.machine.total(self.first[0].clone(), dist.ReduceOp.MIN).item()
+        if first < math.inf:
+            if step > first:
+                sys.exit(1)
+            where = ", ".join(f"{name} = {time:.6g}" for name, time in zip(self.names, times))
+            fail(f"the loss is not a finite number at step {step:.0f}, first for a text at {where}; the last checkpoint "
+                 f"is untouched; try a lower learning_rate")
+
+
+def share_of_steps(gradient_accumulation_steps: int, machine: Machine) -> int:
+    """How many of a step's micro-steps this process takes."""
+    if gradient_accumulation_steps % machine.world:
+        fail(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {machine.world} "
+             f"processes, which share the micro-steps of a step")
+    return gradient_accumulation_steps // machine.world
+
+
+def announce(what: str, model: FlowTransformer, machine: Machine, train_tokens: int, tokens_per_step: int,
+             max_iters: int, path: Path, passes: float) -> None:
+    """Print what a person wants to know before a run. passes: forward passes a token costs, a backward counting two."""
+    n = sum(p.numel() for p in model.parameters())
+    used = n - model.embed.weight.numel()  # looking a row up costs nothing; the head is a matrix product
+    tokens = tokens_per_step * max_iters
+    print(f"{what}: {n / 1e6:.2f} M parameters, vocabulary {model.config.vocab_size:,}, "
+          f"{model.config.block_size} tokens a sequence")
+    print(f"machine: {machine.describe()}")
+    print(f"run: {max_iters:,} steps of {tokens_per_step:,} tokens = {tokens / 1e6:.1f} M tokens "
+          f"({tokens / train_tokens:.1f} epochs), about {2 * passes * used * tokens:.1e} floating-point operations "
+          f"-> {path}", flush=True)
+
+
+def bin_means(sums: Tensor, counts: Tensor) -> list[float | None]:
+    """sums / counts, None where a bin is empty."""
+    return [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist())]
+
+
+def show(bins: Iterable[float | None]) -> str:
+    return " ".join("-" if x is None else f"{x:.2f}" for x in bins)
+
+
+class Progress:
+    """Speed and time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint be written. A
+    second Ctrl-C ends at once (not under torchrun, which passes the first one on a second time)."""
+
+    def __init__(self, step: int, max_iters: int, tokens_per_step: int):
+        self.max_iters, self.tokens_per_step, self.interrupted, self.stopped = max_iters, tokens_per_step, False, False
+        self.step, self.start, self.rate = step, time.perf_counter(), None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number, frame):
+        if self.interrupted and number == signal.SIGINT and not dist.is_initialized():
+            sys.exit(130)
+        self.interrupted = True
+
+    def should_stop(self, machine: Machine) -> bool:
+        """Whether any process was interrupted. They must agree, or the others would wait for the one that left."""
+        self.stopped = bool(machine.total(torch.tensor(float(self.interrupted))))
+        return self.stopped
+
+    def restart(self, step: int) -> None:
+        """Leave out of the speed what was not training."""
+        self.step, self.start = step, time.perf_counter()
+
+    def line(self, step: int) -> str:
+        """'12.3k tok/s, 1:05 left', measured since the last call."""
+        now = time.perf_counter()
+        seconds = (now - self.start) / max(1, step - self.step)
+        self.step, self.start = step, now
+        self.rate = seconds if self.rate is None else 0.7 * self.rate + 0.3 * seconds
+        left = int((self.max_iters - step) * self.rate)
+        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
+        return f"{self.tokens_per_step / seconds / 1000:.1f}k tok/s, {clock} left"
+
+
+def finish(progress: Progress, step: int, max_iters: int, path: Path, save: Callable[[], None], machine: Machine):
+    """The last words of a training script: where the result is, or where an interrupted run can be taken up."""
+    if progress.stopped and step < max_iters:
+        save()
+        if machine.main:
+            print(f"stopped at step {step}, saved {path}; continue with --init_from=resume", file=sys.stderr)
+    elif machine.main:
+        print(f"done: {path}")
+    if machine.world > 1:
+        dist.destroy_process_group()
+    if progress.stopped and step < max_iters:
+        sys.exit(130)
