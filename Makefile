@@ -22,7 +22,7 @@ demo:
 	@rm .demo_start
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -q -rs --durations=5
+	$(RUN) -m pytest -q -rs --durations=5 --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

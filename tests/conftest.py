@@ -1,4 +1,5 @@
-"""Every test: the repository root on the path, no network, the same random numbers; and a toy run for those that ask."""
+"""Every test: the repository root on the path, no network, one thread, the same random numbers; and a toy run for those
+that ask."""
 
 import os
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # a thread each: files of tests run side by side
 
 import torch  # noqa: E402  (after the path and the environment)
 

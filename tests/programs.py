@@ -1,7 +1,6 @@
 """What the tests of the programs share: how to run one, how to read what it left, and a toy set to run it on."""
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -23,7 +22,7 @@ TWO = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 def start(*command, launcher=(sys.executable,)):
     """The program, running, in its own session so that it can be killed as a whole."""
     return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            text=True, start_new_session=True)
 
 
 def run(*command, status=0, launcher=(sys.executable,)):
