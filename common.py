@@ -6,6 +6,7 @@
 - data parallelism is one all-reduce of the gradients after the last micro-step (`average_gradients`), nothing more.
 """
 
+import contextlib
 import difflib
 import math
 import os
@@ -50,14 +51,15 @@ def configure(script: dict, argv: list[str]) -> dict:
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         path = argv.pop(0)
-        if not Path(path).is_file():
+        if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
             fail(f"no config file {path!r}; there are: {' '.join(sorted(map(str, Path('config').glob('*.py'))))}")
         try:
             assigned = runpy.run_path(path)
         except (Exception, SystemExit) as error:
             fail(f"config file {path}: {type(error).__name__}: {error}")
         for key, value in assigned.items():
-            if not (key.startswith("_") or callable(value) or isinstance(value, types.ModuleType)):
+            helper = key not in settings and (callable(value) or isinstance(value, types.ModuleType))
+            if not (key.startswith("_") or helper):
                 settings[key] = checked(settings, key, value, f"in {path}")
     while argv:
         word = argv.pop(0)
@@ -88,7 +90,8 @@ def checked(settings: dict, key: str, value: object, where: str) -> object:
     """The value for settings[key], in the type of its default. Exits when there is no such key, the type differs or the
     number is not finite."""
     require_known(settings, key, where)
-    wanted = type(settings[key])
+    default = settings[key]
+    wanted = type(default)
     try:
         if isinstance(value, str) and wanted is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
@@ -97,7 +100,9 @@ def checked(settings: dict, key: str, value: object, where: str) -> object:
     except (KeyError, ValueError, OverflowError):
         pass
     if type(value) is not wanted or wanted is float and not math.isfinite(value):
-        fail(f"{key}={value} {where}: expected {EXPECTED[wanted]}, such as {settings[key]!r}")
+        with contextlib.suppress(ValueError):  # Python does not print an integer of 5,000 digits
+            key = f"{key}={value}"
+        fail(f"{key[:200]} {where}: expected {EXPECTED[wanted]}, such as {default!r}")
     return value
 
 

@@ -108,6 +108,8 @@ clock = storage.build_clock(flow.config, flm["clock_embedding_share"], machine.d
 E = student.embed.weight
 factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
 net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
+if machine.main and not checkpoint:
+    storage.set_aside(path)
 log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
     training.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,

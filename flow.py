@@ -115,6 +115,9 @@ def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
     Differentiable: with C the gradient for E is unbiased, and its variance about V / d times smaller than through
     V-dimensional noise. Float32 or better even under autocast. An E that has diverged gives NaN, not an error: to check
     would be to wait for the device.
+
+    The jitter on the diagonal is 1e-6 of its mean. Rounding errors are in proportion to the largest eigenvalue, though,
+    and where one direction of E dominates they exceed that: Cholesky fails, and the jitter becomes 1e-5 of the norm.
     """
     V, d = E.shape
     if V <= d or tokens < d:
@@ -126,7 +129,7 @@ def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
         with torch.no_grad():
             jitter = 1e-6 * gram.diagonal().mean()
             failed = torch.linalg.cholesky_ex(gram + jitter * identity).info > 0
-            jitter = torch.where(failed, 1e-5 * gram.norm(), jitter)  # norm: the largest eigenvalue or more
+            jitter = torch.where(failed, 1e-5 * gram.norm(), jitter)
         return torch.linalg.cholesky_ex(gram + jitter * identity).L
 
 
@@ -185,8 +188,10 @@ def expected_embedding(head: Callable, hidden: Tensor, E: Tensor) -> Tensor:
 
 
 def most_likely(head: Callable, hidden: Tensor) -> Tensor:
-    """argmax_v D[v], tokens (B, L), from hidden (B, L, d)."""
-    return by_tokens(lambda hidden: head(hidden).argmax(-1), head, hidden)
+    """argmax_v D[v], tokens (B, L), from hidden (B, L, d). Not under autocast: in bfloat16 the two largest logits are often
+    equal, and argmax would take the one that comes first in the vocabulary."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return by_tokens(lambda hidden: head(hidden).argmax(-1), head, hidden)
 
 
 # ---------------------------------------------------------------- training and sampling
@@ -199,7 +204,7 @@ def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, z0: Tensor)
 
 def step_size(s: Tensor, t: Tensor) -> Tensor:
     """h = (t - s) / (1 - s): the share of the way from x_s to the denoised text. 1 at t = 1, 0 at t = s."""
-    return torch.where(t > s, (t - s) / (1 - s).clamp_min(1e-12), 0.0)
+    return torch.where(t > s, (t - s) / torch.where(s < 1, 1 - s, 1.0), 0.0)
 
 
 def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flow import Clock, by_tokens, corrupt, cross_entropy, expected_embedding, most_likely, move
+from flow import Clock, by_tokens, corrupt, cross_entropy, expected_embedding, most_likely, move, step_size
 
 Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a function of slices of those (B, L, ..) -> (n, V)
 
@@ -43,8 +43,9 @@ def off_diagonal_times(length: Tensor, place: Tensor, full: Tensor) -> tuple[Ten
 def semigroup_weight(s: Tensor, u: Tensor, t: Tensor) -> Tensor:
     """g = (1 - t)(u - s) / ((1 - u)(t - s)) in [0, 1] for s <= u <= t: what delta_{s,u} weighs in delta_{s,t}. 0 at
     t = 1 unless u = 1 too, 1 at u = t."""
-    g = (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp_min(1e-30)
-    return torch.where(u < t, g, 1.0).clamp(0, 1)
+    inside = u < t  # hence s < t and u < 1
+    g = (1 - t) / torch.where(inside, 1 - u, 1.0) * ((u - s) / torch.where(inside, t - s, 1.0))
+    return torch.where(inside, g, 1.0).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- the three objectives
@@ -73,7 +74,7 @@ def lagrangian_target(target: Callable, teacher: Callable, clock: Clock, z: Tens
                                      (tau_t,), (clock.dtau_dt(t).to(tau_t.dtype),))
     z_t = move(z, expected_embedding(target.head, hidden, target.embed.weight), s, t)
     denoised = teacher(z_t, tau_t)
-    speed = -(1 - t) * (t - s) / (1 - s).clamp_min(1e-12)
+    speed = -(1 - t) * step_size(s, t)
 
     def follow(denoised, hidden, tangent, speed):
         return teacher.head(denoised).softmax(-1) + speed * softmax_tangent(target.head, hidden, tangent)

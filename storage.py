@@ -106,8 +106,9 @@ def read_tensors(path: Path | str, trust: bool) -> dict:
     pickle.UnpicklingError for objects besides tensors (unless trusted), and whatever a malformed pickle raises."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()  # the checksum of every member
-    if damaged:
-        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        folders = [member.filename for member in file.infolist() if member.external_attr & 0x10]
+    if damaged or folders:  # torch reads nothing from a member marked as a folder, and does not say so
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}" if damaged else f"{folders[0]} marked as a folder")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -173,6 +174,14 @@ def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed:
             fail(f"{path} was made with {key}={checkpoint['settings'][key]}, not {settings[key]}; resume with that, or "
                  f"start again with --init_from=scratch")
     return checkpoint
+
+
+def set_aside(path: Path) -> None:
+    """Before a run from scratch: keep the checkpoint and the log of the run before as flm.old.pt and flm.old.jsonl."""
+    for file in (path, path.with_suffix(".jsonl")):
+        if file.exists():
+            os.replace(file, file.with_stem(f"{file.stem}.old"))
+            print(f"the run before is kept as {file.with_stem(f'{file.stem}.old')}", file=sys.stderr)
 
 
 def build_clock(config: ModelConfig, embedding_share: float, device: torch.device) -> Clock:
@@ -256,14 +265,13 @@ class Log:
         self.path = path if machine.main else None
         self.wandb = None
         if self.path:
-            kept = [record for record in read_log(path) if record["step"] <= step] if step else []
-            write_lines(path, kept)  # a resumed run writes the others again
             if wandb_project:
                 try:
                     import wandb
                 except ImportError:
                     fail("wandb_project is set but wandb is missing; run: pip install wandb")
                 self.wandb = wandb.init(project=wandb_project, config=settings)
+            write_lines(path, [record for record in read_log(path) if record["step"] <= step])  # the others come again
 
     def write(self, step: int, **values) -> None:
         if self.path:

@@ -98,6 +98,8 @@ training.require_alike(settings, data, step, machine)
 
 clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
 net = common.compiled(model, machine) if compile else model  # same weights, faster
+if machine.main and not checkpoint:
+    storage.set_aside(path)
 log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
 if machine.main:
     training.announce("flow language model", model, machine, len(data.tokens), sequences * block_size, max_iters, path,

@@ -1,9 +1,14 @@
 """What the tests of the programs share: how to run one, how to read what it left, and a toy set to run it on."""
 
 import json
+import multiprocessing
+import os
 import runpy
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +25,9 @@ TWO = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 
 
 def start(*command, launcher=(sys.executable,)):
-    """The program, running, in its own session so that it can be killed as a whole."""
+    """A program, running as a user would start it: by Python or by torchrun."""
     return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True)
+                            text=True)
 
 
 def run(*command, status=0, launcher=(sys.executable,)):
@@ -30,6 +35,64 @@ def run(*command, status=0, launcher=(sys.executable,)):
     process = start(*command, launcher=launcher)
     out, err = process.communicate(timeout=120)
     assert process.returncode == status, out + err
+    return out if status == 0 else err.strip()
+
+
+# The same without the seconds in which Python and PyTorch start: a process forked off one that has imported PyTorch.
+# There are dozens of runs in these tests.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "numpy", "tiktoken", "pytest"])
+
+
+def become(words, environment, output):
+    """Turn this process into a run of the program."""
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = words
+    sys.path[0] = str(ROOT)
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Fork:
+    """A program in one or more such processes, which torchrun's variables make one run."""
+
+    def __init__(self, *command, processes=1):
+        self.output = Path(tempfile.mkdtemp())
+        group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        words = [str(word) for word in command]
+        self.processes = [SERVER.Process(target=become, args=(
+            words, dict(group, RANK=str(rank), LOCAL_RANK=str(rank)), self.output / str(rank))) for rank in range(processes)]
+        for process in self.processes:
+            process.start()
+
+    def running(self):
+        return all(process.is_alive() for process in self.processes)
+
+    def signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def end(self):
+        """Exit statuses, and all that was said on stdout and on stderr."""
+        for process in self.processes:
+            process.join(120)
+        out, err = ("".join(path.read_text() for path in sorted(self.output.glob(f"*.{name}"))) for name in ("out", "err"))
+        shutil.rmtree(self.output)
+        return [process.exitcode for process in self.processes], out, err
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def quick_run(*command, status=0, processes=1):
+    """As `run`, by `Fork`."""
+    statuses, out, err = Fork(*command, processes=processes).end()
+    assert statuses == [status] * processes, out + err
     return out if status == 0 else err.strip()
 
 

@@ -229,7 +229,8 @@ def test_one_line(command, message, toy, broken, monkeypatch):
         pytest.skip("data/owt is prepared here")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     script, *words = command.format(toy=toy[0], broken=broken).split()
-    usual = {"train.py": [f"--dataset={toy[0] / 'data'}", f"--out_dir={toy[0] / 'out'}", "--device=cpu", *TINY],
+    out = toy[0] / "out" if "resume" in command else broken / "run"
+    usual = {"train.py": [f"--dataset={toy[0] / 'data'}", f"--out_dir={out}", "--device=cpu", *TINY],
              "distill.py": [f"--dataset={toy[0] / 'data'}", f"--out_dir={toy[0] / 'out'}", "--device=cpu"],
              "sample.py": [f"--out_dir={toy[0] / 'out'}", "--device=cpu"]}
     assert mistake(monkeypatch, script, *usual.get(script, []), *words) == (

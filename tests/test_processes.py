@@ -4,13 +4,10 @@ Several processes are one: the same gradient, the same noise, every sample once,
 all do, with the words of the one that knows why.
 """
 
-import socket
-import sys
-
 import pytest
 import torch
 from conftest import ROOT
-from programs import QUICK, TINY, TORCHRUN, TWO, run, start, write_set, write_toy
+from programs import QUICK, TINY, TORCHRUN, TWO, free_port, quick_run, run, start, write_set, write_toy
 
 # A config file is Python. This one gives every process a folder of its own and writes down the rows it reads.
 SPY = """
@@ -27,11 +24,11 @@ _loader.Data.row = _row_and_tell
 ONE_STEP = ["--max_iters=1", "--eval_interval=1", "--grad_clip=0", "--beta1=0.5", "--dropout=0"]
 
 
-def take_a_step(folder, script, *options, launcher=(sys.executable,)):
+def take_a_step(folder, script, *options, processes=1):
     """One optimizer step. Returns its gradient: Adam's first moment after one step is (1 - beta1) times it."""
     folder.mkdir()
     (folder / "spy.py").write_text(f"_folder = {str(folder)!r}\n" + SPY)
-    run(script, folder / "spy.py", *QUICK, *ONE_STEP, *options, launcher=launcher)
+    quick_run(script, folder / "spy.py", *QUICK, *ONE_STEP, *options, processes=processes)
     checkpoint = torch.load(folder / "out0" / f"{'fmlm' if script == 'distill.py' else 'flm'}.pt")
     return {name: state["exp_avg"] / 0.5 for name, state in checkpoint["optimizers"][0]["state"].items()}
 
@@ -47,7 +44,7 @@ def assert_close(found, expected):
 def test_gradient_is_that_of_the_concatenated_batch(toy, n_embd, tmp_path):
     """Two processes with 8 texts each, one with 16 texts, one with twice 8: the same samples, times and noise."""
     options = [f"--dataset={toy[0] / 'data'}", *TINY, f"--n_embd={n_embd}"]
-    two = take_a_step(tmp_path / "two", "train.py", *options, "--gradient_accumulation_steps=2", launcher=TWO)
+    two = take_a_step(tmp_path / "two", "train.py", *options, "--gradient_accumulation_steps=2", processes=2)
     one = take_a_step(tmp_path / "one", "train.py", *options, "--batch_size=16")
     assert_close(two, one)
 
@@ -63,15 +60,13 @@ def test_gradient_of_distillation(tmp_path):
     write_set(tmp_path / "data", "abcdefghijkl" * 50)
     options = [f"--dataset={tmp_path / 'data'}", f"--teacher={ROOT / 'tests' / 'fixtures' / 'released_flm.ckpt'}",
                "--block_size=5", "--batch_size=8", "--gradient_accumulation_steps=2"]
-    assert_close(take_a_step(tmp_path / "two", "distill.py", *options, launcher=TWO),
+    assert_close(take_a_step(tmp_path / "two", "distill.py", *options, processes=2),
                  take_a_step(tmp_path / "one", "distill.py", *options))
 
 
 def test_two_agents(toy, tmp_path):
     """The command of the README for two nodes, on one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     _, common, *_ = toy
     command = ["train.py", *common, *TINY, "--max_iters=2", "--gradient_accumulation_steps=2"]
     agents = [start(*command, f"--out_dir={tmp_path / str(rank)}",
@@ -81,7 +76,7 @@ def test_two_agents(toy, tmp_path):
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert "machine: 2 x cpu" in said[0][0] and said[1][0] == ""
     assert not (tmp_path / "1").exists()
-    run(*command, f"--out_dir={tmp_path / 'alone'}")
+    quick_run(*command, f"--out_dir={tmp_path / 'alone'}")
     together, alone = (torch.load(tmp_path / name / "flm.pt") for name in ("0", "alone"))
     for name, weight in alone["model"].items():
         assert torch.allclose(together["model"][name], weight, atol=1e-5), name
@@ -107,7 +102,7 @@ def test_a_process_that_ends_takes_the_others_along(toy, tmp_path):
 
 
 def test_micro_steps_must_go_round(toy):
-    said = run("train.py", *toy[1], *TINY, launcher=TWO, status=1)
+    said = quick_run("train.py", *toy[1], *TINY, processes=2, status=1)
     assert ("error: gradient_accumulation_steps=1 must be a multiple of the 2 processes, which share the micro-steps of a "
             "step") in said
 
@@ -115,8 +110,8 @@ def test_micro_steps_must_go_round(toy):
 def test_processes_must_be_started_alike(toy, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("import os as _os\nlearning_rate = 0.01 if _os.environ['RANK'] == '1' else 0.02\n")
-    said = run("train.py", config, *toy[1], *TINY, f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2",
-               launcher=TWO, status=1)
+    said = quick_run("train.py", config, *toy[1], *TINY, f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2",
+                     processes=2, status=1)
     assert ("error: the processes were started with different settings, data or checkpoints; give all of them the same"
             in said)
     assert not (tmp_path / "flm.jsonl").exists()

@@ -1,42 +1,28 @@
 """python -m pytest tests/test_properties.py
 
 What must hold for every input, tried on random ones: the algebra of flow.py and flowmap.py, randomness, schedules, the
-rows of a data set, tokenizers; and what the readers of settings and of checkpoints, and the writers of files, do with
-anything at all: an answer or one line, never a traceback, half a file or another checkpoint than the one saved.
-
-The examples are the same in every run, and nothing is kept between runs.
+rows of a data set, tokenizers. The examples are the same in every run, and nothing is kept between runs.
 """
 
-import copy
-import functools
-import io
 import itertools
 import json
 import math
-import os
-import pickle
-import runpy
-import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from torch import nn
 
 import flow
-from common import configure, generator, mix, sample_normals
+from common import generator, mix, sample_normals
 from data import corpus, tokenizer
 from data.loader import Data
 from flow import Clock, by_tokens, corrupt, cross_entropy, interpolate, move, step_size, stratified
 from flowmap import kl_to_target, off_diagonal_times, sample_flow_map, semigroup_weight
-from model import FlowTransformer, ModelConfig
-from optim import learning_rate_at, make_optimizers, update_ema
-from storage import load_checkpoint, save_checkpoint, write_lines
+from training import learning_rate_at, update_ema
 
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, max_examples=60)
 settings.load_profile("reproducible")
@@ -50,9 +36,9 @@ def rows(*columns):
     return st.lists(st.tuples(*columns), min_size=1, max_size=8)
 
 
-def ordered(n, times=unit):
+def ordered(n):
     """1 to 8 rows of n sorted times, often equal ones."""
-    return st.lists(st.lists(times, min_size=n, max_size=n).map(sorted), min_size=1, max_size=8)
+    return st.lists(st.lists(unit, min_size=n, max_size=n).map(sorted), min_size=1, max_size=8)
 
 
 def columns(rows):
@@ -65,10 +51,6 @@ def normals(seed, *shape):
 
 def close(a, b, atol=1e-9):
     return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-9, atol=atol)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 class Head:
@@ -104,7 +86,7 @@ def test_interpolation_is_numpys(knots, places):
     assert close(found, np.interp(x, xs, ys))
 
 
-@settings(max_examples=6)  # a table takes a while
+@settings(max_examples=6, phases=[Phase.generate])  # a table takes too long to look for a simpler V
 @given(V=st.integers(2, 300_000), d=st.integers(1, 1024), share=st.just(0.0) | unit, seed=seeds)
 def test_clock_is_a_change_of_time(V, d, share, seed):
     """Both ways: 0 and 1 stay, order stays; one after the other they are the identity, wherever the clock moves."""
@@ -211,7 +193,7 @@ def test_two_jumps_are_one(times, seed):
     assert close(move(move(z, first, s, u), second, u, t), move(z, g * first + (1 - g) * second, s, t))
 
 
-@given(times=ordered(4, unit.filter(lambda t: t == 0 or t > 1e-12)))  # to tell times near 0 apart takes normal numbers
+@given(times=ordered(4))
 def test_three_jumps_are_one_in_either_order(times):
     """((s u) v) t and s (u (v t)): the same weights for the three aims. Where s = t they all aim at one place."""
     s, u, v, t = columns(times)
@@ -280,6 +262,7 @@ def test_stochastic_sampling_keeps_the_amount_of_noise(steps, gamma):
     noise = iter(torch.eye(steps + 1).double()[:steps, None, None])             # (1, 1, d) each, no two alike
     sample_flow_map(model, CLOCK, next(noise), steps, gamma, lambda: next(noise))
     assert len(model.notes) == steps and len(list(noise)) == (0 if gamma else steps - 1)
+    told = None
     for i, (tau_s, tau_t, z) in enumerate(model.notes):
         assert tau_s.item() == pytest.approx(i / steps)
         t, old, text = CLOCK.t_of_tau(tau_s), z[:max(i, 1)].norm(), z[-1]
@@ -420,13 +403,14 @@ def test_ranks_share_the_samples(reader, size, packed, seed, world, B):
 
 # ---------------------------------------------------------------- tokenizers
 
-alphabets = st.text(st.sampled_from("\n\r\t 'abcs19.é😀\u0301\u2028") | st.characters(codec="utf-8"), min_size=1)
+characters = st.sampled_from("\n\r\t 'abcs19.é\U0001F600\u0301\u2028") | st.characters(codec="utf-8")
+alphabets = st.lists(characters, min_size=6).map("".join)
 
 
 @given(alphabet=alphabets, merges=st.integers(0, 3), data=st.data())
 def test_tokenizers_spell_every_text_of_their_alphabet(alphabet, merges, data):
     """Text to ids and back, as trained and after a way through JSON; the bytes of a pair tokenizer are its alphabet."""
-    text = data.draw(st.text(st.sampled_from(alphabet)))
+    text = data.draw(st.text(st.sampled_from(alphabet), min_size=20))
     learned = alphabet + " abcdabcdabcd"
     pairs = tokenizer.train_bpe(learned, len(set(learned.encode())) + merges + 1, "pairs")
     for encoding in (tokenizer.char_encoding(alphabet, "characters"), pairs):
@@ -438,292 +422,3 @@ def test_tokenizers_spell_every_text_of_their_alphabet(alphabet, merges, data):
         assert encoding.decode(ids.tolist()) == again.decode(ids.tolist()) == text
         assert np.array_equal(tokenizer.encode_text(again, text), ids)
         assert encoding is pairs or len(ids) == len(text)
-
-
-# ---------------------------------------------------------------- settings: anything on the command line
-
-SCRIPT = dict(__doc__="A script.", __file__=__file__, __name__="__main__", _own=1, Path=Path, LIMIT=3,
-              compile=False, steps=1000, learning_rate=2e-3, out_dir="out/toy")
-DEFAULTS = {key: SCRIPT[key] for key in ("compile", "steps", "learning_rate", "out_dir")}
-VALUES = dict(compile=st.booleans(), steps=st.integers(), out_dir=st.text(),
-              learning_rate=st.floats(allow_nan=False, allow_infinity=False))
-some_settings = st.fixed_dictionaries({}, optional=VALUES)
-ODD = ["", "nan", "-inf", "1e999", "9" * 5000, "a\nb", "c\r\u2028d", "\udcff", "--", "-", ".", "\0"]
-keys = st.sampled_from([*DEFAULTS] * 9 + [*SCRIPT] + ODD + ["step", "Steps", "out-dir"])
-values = st.one_of(st.sampled_from(ODD), st.sampled_from(["true", "False", "1"]), st.integers().map(str),
-                   st.floats().map(str), st.text())
-arguments = st.one_of(st.builds("--{}={}".format, keys, values).map(lambda word: [word]),
-                      st.tuples(keys.map("--{}".format), values).map(list), keys.map(lambda key: [f"--{key}"]))
-help_words = "-h", "--help"  # print and exit well
-
-
-def in_words(good):
-    return [f"--{key}={value}" for key, value in good.items()]
-
-
-def one_line(stopped):
-    """Whether a program ended as `common.fail` ends it."""
-    message = stopped.code
-    return isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1
-
-
-def check_settings(argv):
-    """configure answers with settings of the defaults' names and types, which this returns, or exits with one line."""
-    script, found = SCRIPT.copy(), {}
-    try:
-        found = configure(script, argv)
-    except SystemExit as stopped:
-        assert one_line(stopped), stopped.code
-    else:
-        assert [(key, type(value)) for key, value in found.items()] == [(k, type(v)) for k, v in DEFAULTS.items()]
-        assert math.isfinite(found["learning_rate"])
-    assert script == SCRIPT
-    return found
-
-
-@given(word=values.filter(lambda word: word not in help_words))
-def test_any_first_word_gives_settings_or_one_line(word):
-    check_settings([word])
-
-
-@settings(max_examples=400)
-@given(good=some_settings, rest=st.lists(arguments, max_size=2).map(lambda parts: sum(parts, [])))
-def test_any_command_line_gives_settings_or_one_line(good, rest):
-    check_settings(in_words(good) + [word for word in rest if word not in help_words])
-
-
-@given(good=some_settings, one_word=st.booleans())
-def test_settings_on_the_command_line_are_read_back(good, one_word):
-    """From one word or two: the second must not look like another setting. A truth alone is true."""
-    good = {key: value for key, value in good.items() if one_word or not str(value).startswith("--")}
-    words = in_words(good) if one_word else sum(([f"--{key}", str(value)] for key, value in good.items()), [])
-    assert configure(SCRIPT, words) == DEFAULTS | good
-    assert configure(SCRIPT, words + ["--compile"]) == DEFAULTS | good | dict(compile=True)
-
-
-# ---------------------------------------------------------------- settings: anything in a config file
-
-expressions = st.one_of(*VALUES.values()).map(repr) | st.sampled_from([
-    "None", "[1]", "{}", "object()", "print", "steps", "10 ** 400", "-10 ** 5000", "1e999", "1e999 * 0", "'a\\nb'",
-    "'\\udcff'", "b''"])
-statements = st.builds("{} = {}".format, st.sampled_from([*DEFAULTS] * 3 + ["_own", "stepz", "__file__"]),
-                       expressions) | st.sampled_from([
-    "import math", "from pathlib import Path", "def f():\n    pass", "# words", "", "(", "1 / 0", "  x", "steps += 1",
-    "del steps", "raise ValueError('a\\nb')", "raise SystemExit", "raise SystemExit('a\\nb')", "globals().clear()"])
-
-
-def in_lines(good):
-    return [f"{key} = {value!r}" for key, value in good.items()]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return tmp_path_factory.mktemp("config") / "any.py"
-
-
-@settings(max_examples=400)
-@given(good=some_settings, rest=st.lists(statements, max_size=2))
-def test_any_config_file_gives_settings_or_one_line(config, good, rest):
-    """And the settings are what the file assigns, but for text, which may be a number or a truth in words."""
-    config.write_text("\n".join(in_lines(good) + rest), encoding="utf-8")
-    found = check_settings([str(config)])
-    assigned = runpy.run_path(str(config)) if found else {}
-    assert all(found[key] == assigned[key] or type(assigned[key]) is str for key in found if key in assigned)
-
-
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")
-@given(content=st.text().map(str.encode) | st.binary())
-def test_any_file_as_config_gives_settings_or_one_line(config, content):
-    config.write_bytes(content)
-    check_settings([str(config)])
-    assert contents(config.parent) == {config.name: content}
-
-
-@given(good=some_settings)
-def test_settings_in_a_config_file_are_read_back(config, good):
-    config.write_text("\n".join(["import math", *in_lines(good)]), encoding="utf-8")
-    assert configure(SCRIPT, [str(config)]) == DEFAULTS | good
-
-
-# ---------------------------------------------------------------- checkpoints: damage
-
-def small_checkpoint(seed):
-    """All that storage.save_run writes, for the smallest network, after one step."""
-    torch.manual_seed(seed)
-    shape = ModelConfig(5, 4, n_layer=1, n_head=1, n_embd=2, n_time=1)
-    model = FlowTransformer(shape)
-    optimizers = make_optimizers(model, "adamw", 1e-3, (0.9, 0.99), 0.0)
-    model.head(model(torch.randn(1, 4, 2), torch.rand(1))).sum().backward()
-    optimizers[0].step()
-    return dict(format="flm-1", kind="flm", model_config=asdict(shape), model=model.state_dict(),
-                ema=copy.deepcopy(model).state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler={},
-                clock_embedding_share=0.0, settings=dict(seed=seed), step=1, generator=dict(seed=seed, samples_seen=8),
-                tokenizer=tokenizer.to_dict(tokenizer.char_encoding("abcde", "five")), vocabulary="0123456789ab")
-
-
-def identical(a, b):
-    """To the bit and to the type."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return (a.dtype, a.shape, a.numpy().tobytes()) == (b.dtype, b.shape, b.numpy().tobytes())
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(identical(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return a == b
-
-
-def check_reading(path, saved=None):
-    """load_checkpoint gives what was saved, or exits with one line; either way it leaves the folder as it was."""
-    before = contents(path.parent)
-    try:
-        found = load_checkpoint(path)
-    except SystemExit as stopped:
-        assert one_line(stopped), stopped.code
-    else:
-        assert saved and identical(found, saved)
-    assert contents(path.parent) == before
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A checkpoint, the bytes of its file, and where to put damaged ones."""
-    path, checkpoint = tmp_path_factory.mktemp("damaged") / "flm.pt", small_checkpoint(1)
-    save_checkpoint(path, checkpoint)
-    assert identical(load_checkpoint(path), checkpoint)
-    return checkpoint, path.read_bytes(), path
-
-
-def flip(whole, bits):
-    damaged = bytearray(whole)
-    for place, bit in bits:
-        damaged[place % len(whole)] ^= 1 << bit
-    return damaged
-
-
-def blank(whole, span):
-    start, n = span[0] % len(whole), span[1]
-    return whole[:start] + bytes(len(whole[start:start + n])) + whole[start + n:]
-
-
-def cut(whole, n):
-    return whole[:n % len(whole)]
-
-
-def lengthen(whole, tail):
-    return whole + tail
-
-
-places = st.integers(0, 2 ** 20)
-damages = st.one_of(st.tuples(st.just(flip), st.lists(st.tuples(places, st.integers(0, 7)), min_size=1, max_size=8)),
-                    st.tuples(st.just(blank), st.tuples(places, st.integers(1, 2000))),
-                    st.tuples(st.just(cut), places), st.tuples(st.just(lengthen), st.binary(min_size=1)))
-
-
-@settings(max_examples=400)
-@given(damage=damages)
-def test_a_damaged_checkpoint_is_refused_or_unharmed(saved, damage):
-    checkpoint, whole, path = saved
-    damaging, how = damage
-    path.write_bytes(damaging(whole, how))
-    check_reading(path, checkpoint)
-
-
-def test_no_bit_of_a_directory_entry_changes_a_weight(saved):
-    """All bits of one: the directory at the end of a zip file is where a checksum does not look."""
-    checkpoint, whole, path = saved
-    entry = whole.rindex(b"archive/data/0") - 46                                # its fixed part comes before the name
-    for place, bit in itertools.product(range(entry, entry + 46), range(8)):
-        path.write_bytes(flip(whole, [(place, bit)]))
-        check_reading(path, checkpoint)
-
-
-members = st.dictionaries(st.sampled_from(["data.pkl", "version", "byteorder", "data/0"]), st.binary(max_size=20))
-
-
-def zipped(members):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(f"archive/{name}", content)
-    return file.getvalue()
-
-
-def stored(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-plain = st.recursive(st.none() | st.integers() | st.text() | st.sampled_from(["flm-0", "fmlm"]), lambda inner: st.lists(
-    inner, max_size=3) | st.dictionaries(st.sampled_from(["format", "kind", "state_dict", "ema", "step"]), inner))
-
-
-@settings(max_examples=200)
-@given(content=st.binary() | members.map(zipped) | plain.map(stored) | plain.map(pickle.dumps))
-def test_another_file_is_no_checkpoint(saved, content):
-    """Bytes, other zip files, other things that torch.save or pickle wrote."""
-    *_, path = saved
-    path.write_bytes(content)
-    check_reading(path)
-
-
-class Mischief:
-    """Pickled as a call that makes a file."""
-
-    def __init__(self, call, argument):
-        self.call, self.argument = call, argument
-
-    def __reduce__(self):
-        return self.call, (self.argument,)
-
-
-@pytest.mark.parametrize("call, argument", [(os.system, "echo > {}"), (os.mkdir, "{}"), (eval, "open({!r}, 'w')")])
-@pytest.mark.parametrize("write", [torch.save, pickle.dump,
-                                   functools.partial(torch.save, _use_new_zipfile_serialization=False)])
-def test_a_checkpoint_cannot_run_a_program(tmp_path, call, argument, write):
-    made, path = tmp_path / "made", tmp_path / "flm.pt"
-    with open(path, "wb") as file:
-        write(small_checkpoint(1) | dict(settings=Mischief(call, argument.format(str(made)))), file)
-    check_reading(path)
-    assert not made.exists()
-
-
-# ---------------------------------------------------------------- files: a disk that fails
-
-@contextmanager
-def room_for(n):
-    """No file may grow past n bytes: a write that would fails as on a full disk."""
-    resource = pytest.importorskip("resource", reason="limits on files need POSIX")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-CHECKPOINTS = small_checkpoint(1), small_checkpoint(2)
-RECORDS = [[dict(step=step, text="añ\n" * k) for step in range(40)] for k in (20, 30)]
-
-
-@pytest.mark.parametrize("write, old, new", [(save_checkpoint, *CHECKPOINTS), (write_lines, *RECORDS)])
-@given(room=st.floats(0, 1.5))
-def test_a_failed_write_leaves_the_old_file(tmp_path_factory, write, old, new, room):
-    """Exactly when there is no room for the new one; and it leaves nothing else."""
-    folder = tmp_path_factory.mktemp("full")
-    path = folder / "file.pt"
-    write(path, new)
-    after = path.read_bytes()
-    write(path, old)
-    before, n = path.read_bytes(), int(room * len(after))
-    assert before != after
-    try:
-        with room_for(n):
-            write(path, new)
-    except SystemExit as stopped:
-        assert one_line(stopped) and n < len(after), stopped.code
-        assert contents(folder) == {path.name: before}
-    else:
-        assert n >= len(after) and contents(folder) == {path.name: after}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from programs import QUICK, log, mistake, run, write_set, write_toy
+from programs import QUICK, log, mistake, quick_run, write_set, write_toy
 
 import storage
 
@@ -108,7 +108,7 @@ def test_sampling(tmp_path, vocabulary, monkeypatch, capsys):
     pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
     for kind, name in (("flm", "FLM"), ("fmlm", "FMLM")):
         out = tmp_path / f"{kind}.jsonl"
-        run(*BASE, f"--init_from={OURS / f'released_{kind}.ckpt'}", f"--vocabulary={vocabulary}", "--block_size=5",
+        quick_run(*BASE, f"--init_from={OURS / f'released_{kind}.ckpt'}", f"--vocabulary={vocabulary}", "--block_size=5",
             "--steps=1,3", f"--out={out}")
         records = log(out)
         assert [(r["model"], r["steps"]) for r in records] == [(name, 1)] * 3 + [(name, 3)] * 3
@@ -127,13 +127,13 @@ def test_wordpieces_are_joined(vocabulary):
 def test_distilling_a_released_teacher(tmp_path, vocabulary):
     """distill.py takes the file as its teacher, and the flow map it writes is one of ours, with the set's tokenizer."""
     write_set(tmp_path / "data", "abcdefghijkl" * 50)
-    run("distill.py", *QUICK, f"--teacher={OURS / 'released_flm.ckpt'}", "--block_size=5", "--batch_size=8",
+    quick_run("distill.py", *QUICK, f"--teacher={OURS / 'released_flm.ckpt'}", "--block_size=5", "--batch_size=8",
         f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}")
     checkpoint = storage.load_checkpoint(tmp_path / "out" / "fmlm.pt", "fmlm")
     released = storage.load_checkpoint(OURS / "released_flm.ckpt")
     assert torch.equal(checkpoint["model"]["embed.weight"], released["ema"]["embed.weight"])  # E is frozen
     assert not torch.equal(checkpoint["model"]["head.weight"], released["ema"]["head.weight"])
-    texts = run(*BASE, f"--out_dir={tmp_path / 'out'}", "--steps=1")
+    texts = quick_run(*BASE, f"--out_dir={tmp_path / 'out'}", "--steps=1")
     assert "FMLM: 1 network evaluation" in texts
 
 
@@ -183,7 +183,7 @@ def test_trusted_objects_are_left_out(with_objects, capfd):
 
 def test_trust_checkpoint_is_a_bare_flag(with_objects, vocabulary):
     pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
-    assert "FMLM: 1 network evaluation" in run(*BASE, f"--init_from={with_objects}", f"--vocabulary={vocabulary}",
+    assert "FMLM: 1 network evaluation" in quick_run(*BASE, f"--init_from={with_objects}", f"--vocabulary={vocabulary}",
                                                "--block_size=5", "--trust_checkpoint", "--steps", 1)
 
 

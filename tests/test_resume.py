@@ -12,13 +12,11 @@ import time
 
 import pytest
 import torch
-from programs import TINY, TWO, log, mistake, run, same, start
+from programs import TINY, TWO, Fork, log, mistake, quick_run, same, start
 
 import storage
 
 STEPS = ["--max_iters=40", "--eval_interval=20", "--gradient_accumulation_steps=8", "--dropout=0.1"]
-ALONE = (sys.executable,)
-LAUNCHERS = {1: ALONE, 2: TWO}
 KINDS = {"train.py": "flm", "distill.py": "fmlm"}
 
 
@@ -27,27 +25,22 @@ class Run:
 
     def __init__(self, toy, script, processes, folder):
         data, common, *_ = toy
-        self.path, self.script, self.launcher = folder / f"{KINDS[script]}.pt", script, LAUNCHERS[processes]
-        self.pids = folder / "pids"
-        self.pids.mkdir(parents=True)
-        (folder / "tell_pid.py").write_text(  # a config file is Python: let every process say who it is
-            f"import os as _os\nopen('{self.pids}/' + _os.environ.get('RANK', '0'), 'w').write(str(_os.getpid()))\n")
-        self.command = [script, folder / "tell_pid.py", *common, *(TINY if script == "train.py" else ["--batch_size=8"]),
-                        f"--out_dir={folder}", *STEPS]
+        self.path, self.processes = folder / f"{KINDS[script]}.pt", processes
+        self.command = [script, *common, *(TINY if script == "train.py" else ["--batch_size=8"]), f"--out_dir={folder}",
+                        *STEPS]
         if script == "distill.py":
             (folder / "flm.pt").write_bytes((data / "out" / "flm.pt").read_bytes())
 
     def to_the_end(self, *options):
-        run(*self.command, *options, launcher=self.launcher)
+        quick_run(*self.command, *options, processes=self.processes)
         return torch.load(self.path), log(self.path.with_suffix(".jsonl"))
 
-    def until(self, lines):
-        """Start it and return as soon as its log has so many lines."""
-        process, written = start(*self.command, launcher=self.launcher), self.path.with_suffix(".jsonl")
+    def wait_for(self, lines):
+        """Until its log has so many lines."""
+        written, start = self.path.with_suffix(".jsonl"), time.monotonic()
         while not written.exists() or written.read_bytes().count(b"\n") < lines:
-            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < start + 60
             time.sleep(0.001)
-        return process
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +61,15 @@ def assert_same_run(found, expected):
     assert found[1] == expected[1]  # every record: losses, learning rates, gradient norms, validations
 
 
-@pytest.mark.parametrize("processes", LAUNCHERS)
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", KINDS)
 def test_killed_at_a_random_moment(toy, undisturbed, script, processes, tmp_path):
     """SIGKILL to every process some steps after the checkpoint of step 20."""
     disturbed = Run(toy, script, processes, tmp_path)
-    process = disturbed.until(lines=random.Random(f"{script} {processes}").randrange(24, 34))
-    for pid in disturbed.pids.iterdir():
-        os.kill(int(pid.read_text()), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    running = Fork(*disturbed.command, processes=processes)
+    disturbed.wait_for(lines=random.Random(f"{script} {processes}").randrange(24, 34))
+    running.signal(signal.SIGKILL)
+    assert running.end()[0] == [-signal.SIGKILL] * processes
     assert torch.load(disturbed.path)["step"] == 20
     assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed(script, processes))
 
@@ -85,10 +77,11 @@ def test_killed_at_a_random_moment(toy, undisturbed, script, processes, tmp_path
 @pytest.mark.parametrize("script, processes, number", [
     ("train.py", 1, signal.SIGINT), ("distill.py", 1, signal.SIGTERM), ("train.py", 2, signal.SIGINT)])
 def test_interrupted(toy, undisturbed, script, processes, number, tmp_path):
-    """Ctrl-C or SIGTERM (to torchrun, where it launched the processes) finishes the step, writes a checkpoint, says where,
-    and ends with a status that is not 0."""
+    """Ctrl-C or SIGTERM (of torchrun, where there are several processes) finishes the step, writes a checkpoint, says
+    where, and ends with a status that is not 0."""
     disturbed = Run(toy, script, processes, tmp_path)
-    process = disturbed.until(lines=5)
+    process = start(*disturbed.command, launcher=(sys.executable,) if processes == 1 else TWO)
+    disturbed.wait_for(lines=5)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     step = torch.load(disturbed.path)["step"]
@@ -101,8 +94,7 @@ def test_interrupted(toy, undisturbed, script, processes, number, tmp_path):
 def test_killed_in_the_middle_of_writing(toy, undisturbed, tmp_path):
     """The second checkpoint is half on the disk when the process dies: the first one is whole, and enough."""
     disturbed = Run(toy, "train.py", 1, tmp_path)
-    config = tmp_path / "tell_pid.py"
-    harmless = config.read_text()
+    config = tmp_path / "config.py"  # a config file is Python
     config.write_text("""
 import io as _io, os as _os, signal as _signal, torch as _torch
 _save, _saved = _torch.save, []
@@ -116,11 +108,10 @@ def _die_in_the_second(checkpoint, file):
         _os.kill(_os.getpid(), _signal.SIGKILL)
 _torch.save = _die_in_the_second
 """)
-    run(*disturbed.command, status=-signal.SIGKILL)
+    quick_run("train.py", config, *disturbed.command[1:], status=-signal.SIGKILL)
     half = tmp_path / "flm.pt.tmp"
     assert 0 < half.stat().st_size < disturbed.path.stat().st_size
     assert torch.load(disturbed.path)["step"] == 20
-    config.write_text(harmless)
     assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed("train.py", 1))
     assert not half.exists()
 
@@ -137,7 +128,7 @@ def test_full_disk(toy, monkeypatch, tmp_path):
     said = mistake(monkeypatch, *command)
     assert said == f"error: cannot write {path} (No space left on device); what was there is untouched"
     assert path.read_bytes() == (folder / "out" / "flm.pt").read_bytes()
-    run(*command)
+    quick_run(*command)
     assert torch.load(path)["step"] == 9
 
 
@@ -152,6 +143,15 @@ def test_full_disk_under_the_log(monkeypatch, tmp_path):
         record.write(1, loss=2.0)
     assert stopped.value.code == (f"error: cannot write {tmp_path / 'flm.jsonl'} (No space left on device); the last "
                                   f"checkpoint is untouched")
+
+
+def test_the_run_before_is_kept(toy, tmp_path):
+    """Whoever forgets --init_from=resume has not lost the run."""
+    (tmp_path / "flm.pt").write_bytes(b"checkpoint")
+    (tmp_path / "flm.jsonl").write_text('{"step": 1}\n')
+    quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1", "--eval_iters=1")
+    assert (tmp_path / "flm.old.pt").read_bytes() == b"checkpoint" and log(tmp_path / "flm.old.jsonl") == [dict(step=1)]
+    assert torch.load(tmp_path / "flm.pt")["step"] == 1 and log(tmp_path / "flm.jsonl")[0]["step"] == 0
 
 
 def test_a_log_cut_short_by_a_crash_is_taken_up(tmp_path):

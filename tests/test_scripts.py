@@ -3,6 +3,7 @@
 The programs as a user runs them, on a toy set: from data to one-step text, and their settings.
 """
 
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from programs import TINY, log, mistake, run
+from programs import TINY, log, mistake, quick_run, run
 
 from data import tokenizer
 
@@ -46,20 +47,33 @@ def test_logs_have_validation_by_time(toy):
     assert all(len(r["val_loss_by_length"]) == 10 for r in log(folder / "out" / "fmlm.jsonl") if "val_loss" in r)
 
 
-def test_sampling(toy):
-    folder, *_ = toy
-    base = ["sample.py", f"--out_dir={folder / 'out'}", "--num_samples=3", "--device=cpu", "--dtype=float32"]
-    output = run(*base, "--steps", 1, f"--out={folder / 'a.jsonl'}")
-    assert "FMLM: 1 network evaluation and" in output and "ms a sample" in output
-    texts = [r["text"] for r in log(folder / "a.jsonl")]
+def sampled(monkeypatch, path, *options):
+    """The texts that sample.py writes to `path`, run in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out={path}", "--device=cpu", *options])
+    runpy.run_path("sample.py", run_name="__main__")
+    return [record["text"] for record in log(path)]
+
+
+def test_sampling(toy, tmp_path, monkeypatch, capsys):
+    options = tmp_path / "texts.jsonl", f"--out_dir={toy[0] / 'out'}", "--dtype=float32"
+    texts = sampled(monkeypatch, *options, "--num_samples=3", "--steps", "1")
+    assert "FMLM: 1 network evaluation and" in capsys.readouterr().out
     assert len(texts) == 3 and all(len(text) == 8 for text in texts)
-    run(*base, "--steps=1,2", "--batch_size=2", f"--out={folder / 'b.jsonl'}")
-    again = log(folder / "b.jsonl")
-    assert [r["text"] for r in again if r["steps"] == 1] == texts  # the seed decides, not the batch size
-    run(*base, "--steps=1", "--seed=2", f"--out={folder / 'c.jsonl'}")
-    assert [r["text"] for r in log(folder / "c.jsonl")] != texts
-    run(*base, "--steps=3", "--gamma=1", f"--out={folder / 'd.jsonl'}")
-    assert "FLM: 4 network evaluations" in run(*base, "--steps=4", "--model=flm")
+    assert sampled(monkeypatch, *options, "--num_samples=3", "--steps=2,1")[3:] == texts
+    assert sampled(monkeypatch, *options, "--num_samples=3", "--seed=2") != texts
+    sampled(monkeypatch, *options, "--steps=3", "--gamma=1")
+    sampled(monkeypatch, *options, "--steps=4", "--model=flm")
+    assert "FLM: 4 network evaluations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_does_not_depend_on_how_many_are_asked_for(toy, dtype, tmp_path, monkeypatch):
+    options = tmp_path / "texts.jsonl", f"--out_dir={toy[0] / 'out'}", f"--dtype={dtype}", "--steps=3"
+    many = sampled(monkeypatch, *options, "--num_samples=17")
+    for n in (1, 7, 9):
+        assert sampled(monkeypatch, *options, f"--num_samples={n}") == many[:n]
+    assert len(set(many)) > 1
 
 
 def test_sampling_needs_no_data_folder_and_falls_back_to_the_flow(toy, tmp_path):
@@ -82,7 +96,7 @@ def test_plot(toy):
 def test_every_objective_runs(toy, options, tmp_path):
     folder, common, *_ = toy
     (tmp_path / "flm.pt").write_bytes((folder / "out" / "flm.pt").read_bytes())
-    output = run("distill.py", *common, "--batch_size=8", f"--out_dir={tmp_path}", *options)
+    output = quick_run("distill.py", *common, "--batch_size=8", f"--out_dir={tmp_path}", *options)
     assert ("off simplex" in output) == (options[0] in ("--objective=lsd", "--objective=esd"))
 
 
@@ -93,7 +107,7 @@ def test_config_file(toy, tmp_path, monkeypatch):
     folder, common, *_ = toy
     config = tmp_path / "mine.py"
     config.write_text("max_iters = 2 * 2\nlearning_rate = 1\nout_dir = 'elsewhere'\n")
-    run("train.py", config, *common, *TINY, f"--out_dir={tmp_path}", "--max_iters=2")
+    quick_run("train.py", config, *common, *TINY, f"--out_dir={tmp_path}", "--max_iters=2")
     settings = torch.load(tmp_path / "flm.pt")["settings"]
     assert (settings["max_iters"], settings["learning_rate"], settings["out_dir"]) == (2, 1.0, str(tmp_path))
     config.write_text("n_layers = 3\n")
