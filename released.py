@@ -29,19 +29,19 @@ RENAMED = {  # part of a name of theirs: what it is in model.py; the first that 
 LENGTHS = {50257: 1024, 30522: 128}  # tokens in a text by size of the vocabulary: OpenWebText, LM1B
 
 
-def our_name(theirs: str) -> str:
-    """"backbone._orig_mod.blocks.0.attn_qkv.weight" -> "blocks.0.qkv.weight"."""
-    name = theirs.replace("_orig_mod.", "").removeprefix("backbone.")
+def our_name(theirs: str) -> str | None:
+    """"backbone._orig_mod.blocks.0.attn_qkv.weight" -> "blocks.0.qkv.weight"; None for what is not of the network."""
+    name = theirs.replace("_orig_mod.", "")
     for part, ours in RENAMED.items():
         name = name.replace(part, ours)
-    return name
+    return name.removeprefix("backbone.") if name.startswith("backbone.") else None
 
 
 def translate(file: dict) -> dict:
     """A released file as a checkpoint of train.py or distill.py, without what only resuming needs. `tokenizer` and
     `vocabulary` are None; block_size is 0 where the vocabulary does not tell it. Raises ValueError when the file does not
     hold the authors' network and its moving average, KeyError when it does not come near."""
-    weights = {our_name(name): tensor for name, tensor in file["state_dict"].items() if "backbone." in name}
+    weights = {our_name(name): tensor for name, tensor in file["state_dict"].items() if our_name(name)}
     half_head = len(weights.pop("rotary_emb.inv_freq"))  # a buffer, the only trace of the number of heads
     average = file["ema"]["shadow_params"]
     if [tensor.shape for tensor in average] != [tensor.shape for tensor in weights.values()]:

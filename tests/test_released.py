@@ -78,6 +78,16 @@ def test_compiled_or_not(kind, tmp_path):
         assert torch.allclose(log_probs(path, golden), golden["log_probs"], atol=1e-4)
 
 
+def test_other_parts_of_a_run_are_passed_over(tmp_path):
+    """A distillation's file may hold its teacher too."""
+    golden = torch.load(OURS / "released_fmlm.ckpt")["golden"]
+
+    def add_a_teacher(file):
+        file["state_dict"] |= {f"teacher.{name}": tensor + 1 for name, tensor in file["state_dict"].items()}
+    path = release(tmp_path / "fmlm.ckpt", add_a_teacher)
+    assert torch.allclose(log_probs(path, golden), golden["log_probs"], atol=1e-4)
+
+
 def test_network_is_built_from_the_shapes():
     for kind in ("flm", "fmlm"):
         checkpoint = storage.load_checkpoint(OURS / f"released_{kind}.ckpt")
