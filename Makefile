@@ -30,4 +30,4 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv out .hypothesis

@@ -2,6 +2,7 @@
 that ask."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,8 +16,12 @@ import torch  # noqa: E402  (after the path and the environment)
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def undisturbed_by_other_tests():
     torch.manual_seed(0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():  # the programs, when they run in this process, install their own
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """python -m pytest tests/test_fuzz.py
 
-What the readers of settings and of checkpoints, and the writers of files, do with anything at all: an answer or one line,
-never a traceback, half a file or another checkpoint than the one saved. The examples are the same in every run.
+What the readers of settings and of checkpoints, and the writers of files, do with anything at all: an answer or one
+line, never a traceback, half a file or another checkpoint than the one saved. The examples are the same in every run.
 """
 
 import copy
