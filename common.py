@@ -158,8 +158,11 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():  # gloo on GPUs too: asking who was interrupted costs no sync
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                    timeout=timedelta(minutes=10))
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                        timeout=timedelta(minutes=10))
+            except (RuntimeError, ValueError) as error:
+                fail(f"process {self.rank} did not find the others ({error}); start all of them with torchrun")
         require_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
         self.dtype = fast_dtype(self.device.type) if dtype == "auto" else dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")

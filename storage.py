@@ -5,6 +5,7 @@ is written beside the old one and moved over it, so that a crash at any moment l
 the number of samples seen are the state of every random generator and of the place in the data (see common.py).
 """
 
+import errno
 import json
 import os
 import pickle
@@ -54,6 +55,8 @@ def require_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         part.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         fail(f"cannot write {path} ({error.strerror})")
 
@@ -88,6 +91,8 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
             checkpoint = released.translate(checkpoint)
         if checkpoint["format"] != "flm-1":
             raise ValueError(f"its format is {checkpoint['format']!r}")
+        for key in ("kind", "model_config", "model", "ema", "clock_embedding_share", "settings", "step", "vocabulary"):
+            checkpoint[key]  # a KeyError here, rather than in the middle of a program
     except pickle.UnpicklingError:
         fail(f"{path} holds Python objects besides tensors, and to read those can run any program; if you trust where it "
              f"comes from, add --trust_checkpoint to sample.py or distill.py")
@@ -202,10 +207,17 @@ def new_model(vocab_size: int, shape: dict, device: torch.device) -> FlowTransfo
 
 def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **changes) -> FlowTransformer:
     """The network in a checkpoint with its "ema" or "model" weights, in eval mode. `changes` replace ModelConfig fields;
-    parameters the checkpoint does not have (a flow map's second time embedding) keep their initial values."""
+    parameters the checkpoint does not have (a flow map's second time embedding) keep their initial values. Exits when
+    other weights are missing or do not fit, or one is not a finite number."""
     model = FlowTransformer(ModelConfig(**checkpoint["model_config"] | changes))
-    missing, unexpected = model.load_state_dict(checkpoint[weights], strict=False)
-    assert not unexpected and all(name.startswith("time_t.") for name in missing), (missing, unexpected)
+    try:
+        missing, unexpected = model.load_state_dict(checkpoint[weights], strict=False)
+    except RuntimeError as error:  # other shapes
+        fail(f"the weights of the checkpoint do not fit its model_config ({error})")
+    odd = unexpected + [name for name in missing if not name.startswith("time_t.")]
+    odd += [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if odd:
+        fail(f"the checkpoint's {odd[0]} is missing, unknown or not a number; take an earlier one")
     return model.eval().to(device)
 
 

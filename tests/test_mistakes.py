@@ -50,6 +50,12 @@ def broken(toy, tmp_path_factory):
     torch.save([1, 2], folder / "list.pt")
     torch.save(dict(torch.load(out / "flm.pt"), format="flm-2"), folder / "newer.pt")
     torch.save({"state_dict": {}, "settings": Object()}, folder / "object.pt")
+    torch.save({key: value for key, value in torch.load(out / "flm.pt").items() if key != "ema"}, folder / "no_ema.pt")
+    for name, change in (("no_bias", lambda ema: ema.pop("head.bias")), ("short", lambda ema: ema.update(
+            {"head.bias": ema["head.bias"][:3]})), ("nan", lambda ema: ema["head.bias"].fill_(float("nan")))):
+        checkpoint = torch.load(out / "flm.pt")
+        change(checkpoint["ema"])
+        torch.save(checkpoint, folder / f"{name}.pt")
     for name, content in (("swapped", [("flm.pt", out / "fmlm.pt"), ("fmlm.pt", out / "flm.pt")]),
                           ("flow_only", [("flm.pt", out / "flm.pt")])):
         (folder / name).mkdir()
@@ -179,6 +185,12 @@ CASES = [
     ("sample.py --init_from={broken}/newer.pt",
      "{broken}/newer.pt is no checkpoint of train.py or distill.py, nor one the authors released (ValueError: its "
      "format is 'flm-2')"),
+    ("sample.py --init_from={broken}/no_ema.pt",
+     "{broken}/no_ema.pt is no checkpoint of train.py or distill.py, nor one the authors released (KeyError: 'ema')"),
+    ("sample.py --init_from={broken}/no_bias.pt",
+     "the checkpoint's head.bias is missing, unknown or not a number; take an earlier one"),
+    ("sample.py --init_from={broken}/nan.pt",
+     "the checkpoint's head.bias is missing, unknown or not a number; take an earlier one"),
     ("sample.py --init_from={broken}/object.pt",
      "{broken}/object.pt holds Python objects besides tensors, and to read those can run any program; if you trust "
      "where it comes from, add --trust_checkpoint to sample.py or distill.py"),
@@ -207,6 +219,7 @@ CASES = [
     # places to write
     ("train.py --out_dir={broken}/a_file",
      "cannot write {broken}/a_file/flm.jsonl (File exists); what was there is untouched"),
+    ("sample.py --out={broken}", "cannot write {broken} (Is a directory)"),
     ("sample.py --out={broken}/a_file/x.jsonl", "cannot write {broken}/a_file/x.jsonl (File exists)"),
     # preparing data
     ("data/owt/prepare.py --file={broken}/none.parquet", "{broken}/none.parquet: no such file"),
@@ -235,6 +248,21 @@ def test_one_line(command, message, toy, broken, monkeypatch):
              "sample.py": [f"--out_dir={toy[0] / 'out'}", "--device=cpu"]}
     assert mistake(monkeypatch, script, *usual.get(script, []), *words) == (
         "error: " + message.format(toy=toy[0], broken=broken, root=ROOT))
+
+
+def test_weights_of_another_shape(broken, monkeypatch):
+    said = mistake(monkeypatch, "sample.py", f"--init_from={broken / 'short.pt'}", "--device=cpu")
+    assert said.startswith("error: the weights of the checkpoint do not fit its model_config (") and "\n" not in said
+
+
+def test_a_process_alone_in_its_group(toy, monkeypatch, tmp_path):
+    """Variables of torchrun left over in a shell, or a script started by hand."""
+    for key, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    said = mistake(monkeypatch, "train.py", *toy[1], f"--out_dir={tmp_path}")
+    assert said.startswith("error: process 1 did not find the others (")
+    assert said.endswith("); start all of them with torchrun") and "\n" not in said
 
 
 def test_enough_cases():
