@@ -1,8 +1,8 @@
 """What the programs share: settings, the device and its processes, randomness. No mathematics.
 
 - settings are the plain globals of each script; a config file and `--key=value` replace them, and nothing else can;
-- every random number of a run is a function of (seed, what it is for, index of the sample), never of how many were
-  drawn before. So resuming is exact, and one process or eight draw the same noise for the same sample;
+- every random number of a run is a function of (seed, what it is for, number of the sample or step), never of how many
+  were drawn before. So resuming is exact, and one process or eight draw the same;
 - data parallelism is one all-reduce of the gradients after the last micro-step (`average_gradients`), nothing more.
 """
 
@@ -99,7 +99,7 @@ def checked(settings: dict, key: str, value: object, where: str) -> object:
             value = wanted(value)
     except (KeyError, ValueError, OverflowError):
         pass
-    if type(value) is not wanted or wanted is float and not math.isfinite(value):
+    if type(value) is not wanted or wanted is float and not math.isfinite(value) or wanted is int and abs(value) >> 63:
         with contextlib.suppress(ValueError):  # Python does not print an integer of 5,000 digits
             key = f"{key}={value}"
         fail(f"{key[:200]} {where}: expected {EXPECTED[wanted]}, such as {default!r}")
@@ -142,16 +142,20 @@ class Machine:
     """
 
     def __init__(self, device: str, dtype: str):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+            fail(f"RANK={rank} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or unset both")
+        self.rank, self.world, self.main = int(rank), int(world), int(rank) == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             fail(f"device={device}, but this PyTorch sees no CUDA device; use --device=cpu")
         if device == "cuda" and self.world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
         try:
             self.device = torch.device(device)
+            if self.device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError):
             fail(f"device={device}: PyTorch cannot use it here; choose auto, cpu, cuda or mps")

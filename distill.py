@@ -85,7 +85,8 @@ teacher = teacher or str(Path(out_dir) / "flm.pt")
 flm = storage.load_checkpoint(teacher, "flm", trust_checkpoint)
 block_size = storage.set_length(flm, block_size, teacher)
 checkpoint = storage.load_resumable(path, "fmlm", init_from, settings,
-                                    ["block_size", "objective", "self_distill", "dropout", "optimizer", "seed"])
+                                    ["block_size", "objective", "self_distill", "diagonal_share", "full_jump_share",
+                                     "target_ema", "dropout", *training.FIXED], machine)
 torch.manual_seed(seed)  # every process starts from the same weights
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
@@ -101,16 +102,14 @@ else:
 student.embed.weight.requires_grad_(False)
 ema = copy.deepcopy(student).eval()
 optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
-step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)
 training.require_alike(settings, data, step, machine)
 
 clock = storage.build_clock(flow.config, flm["clock_embedding_share"], machine.device)
 E = student.embed.weight
 factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
 net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
-if machine.main and not checkpoint:
-    storage.set_aside(path)
-log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
+log = storage.Log(path, machine, bool(checkpoint), step, wandb_project, settings)
 if machine.main:
     training.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,
                       path, passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
@@ -186,11 +185,11 @@ while True:
         break
 
     tau_s, tau_t = draw_times(gradient_accumulation_steps, full_jump_share, common.generator(seed, 4, step))
-    torch.manual_seed(common.mix(seed, 5, step, machine.rank))                  # for dropout
     means = torch.zeros(2, device=machine.device)                               # of the loss and of the mass cut
     student.train()
     for i in range(local_steps):
         j = i * machine.world + machine.rank                                    # this micro-step among all processes'
+        torch.manual_seed(common.mix(seed, 5, step, j))                         # for dropout
         first = samples_seen + j * batch_size
         y, start, end = machine.put(data.rows(first, batch_size)), machine.put(tau_s[j]), machine.put(tau_t[j])
         losses, cut = loss_terms(net, ema if target_ema else net, y, start, end,

@@ -48,5 +48,5 @@ for panel, (name, bins, label, title) in zip(panels, panel_of):
 if not found:
     common.fail(f"no log in {out_dir}; train.py writes one")
 figure.tight_layout()
-figure.savefig(Path(out_dir) / "loss.png", dpi=120)
+storage.replace_file(Path(out_dir) / "loss.png", lambda file: figure.savefig(file, dpi=120, format="png"))
 print(f"wrote {Path(out_dir) / 'loss.png'}")

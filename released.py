@@ -7,10 +7,10 @@ caps, which all of theirs have, and the number of tokens in a text; the vocabula
 """
 
 import collections
+import os
 import pickle
 import re
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -43,7 +43,11 @@ def translate(file: dict) -> dict:
     hold the authors' network and its moving average, KeyError when it does not come near."""
     weights = {our_name(name): tensor for name, tensor in file["state_dict"].items() if our_name(name)}
     half_head = len(weights.pop("rotary_emb.inv_freq"))  # a buffer, the only trace of the number of heads
+    if not file.get("ema"):
+        raise ValueError("it has no moving average")
     average = file["ema"]["shadow_params"]
+    if not all(tensor.is_floating_point() for tensor in average):
+        raise ValueError("its moving average does not hold floating-point numbers")
     if [tensor.shape for tensor in average] != [tensor.shape for tensor in weights.values()]:
         raise ValueError("its moving average does not have the shapes of its network")
     V, d = weights["embed.weight"].shape
@@ -70,7 +74,7 @@ def read_vocabulary(path: str):
         from tokenizers import Tokenizer, decoders, models
     except ImportError:
         fail("--vocabulary needs the package tokenizers; run: pip install tokenizers")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         fail(f"no vocabulary {path}; bert-base-uncased has its as vocab.txt")
     try:
         if path.endswith(".json"):

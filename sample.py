@@ -47,6 +47,8 @@ if flow_steps and init_from:
 if out:
     storage.require_writable(Path(out))
 machine = common.Machine(device, dtype)
+if machine.world > 1:
+    common.fail("sample.py runs as one process; start it with python")
 checkpoint = storage.find_checkpoint(Path(out_dir), model, init_from, trust_checkpoint)
 L = storage.set_length(checkpoint, block_size, init_from)
 is_map = checkpoint["model_config"]["flow_map"]
@@ -87,7 +89,7 @@ for n_steps, with_flow in runs:
         texts += generate(range(first, first + GROUP), n_steps, with_flow)
     seconds = (time.perf_counter() - start) / len(texts)
     name = "FLM" if with_flow else "FMLM"
-    print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample")
+    print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups of {GROUP}")
     records += [dict(sample=i, model=name, steps=n_steps, text=text, seed=seed, gamma=gamma)
                 for i, text in enumerate(texts[:num_samples])]
 

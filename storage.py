@@ -5,11 +5,12 @@ is written beside the old one and moved over it, so that a crash at any moment l
 the number of samples seen are the state of every random generator and of the place in the data (see common.py).
 """
 
-import errno
+import itertools
 import json
 import os
 import pickle
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -30,17 +31,19 @@ from model import FlowTransformer, ModelConfig
 # ---------------------------------------------------------------- files
 
 def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write atomically: `write` fills a new file, which then takes the place of the one at `path`. Exits with one line,
-    the old file as it was, when the disk is full or anything else is in the way."""
-    part = path.with_suffix(path.suffix + ".tmp")
+    """Write atomically: `write` fills a new file, which then takes the place of the one at `path` (or, where that is a
+    link, of the one it leads to). Exits with one line, the old file as it was, when the disk is full or anything else is
+    in the way."""
+    require_writable(path)
+    target = path.resolve()
+    part = target.with_name(target.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch reports a write that failed as a RuntimeError on top of it
@@ -50,13 +53,12 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 def require_writable(path: Path) -> None:
     """Exits when nothing can be written to `path`: better told before the work than after it."""
-    part = path.with_suffix(path.suffix + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        part.unlink()
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a folder, or a device such as /dev/null
+            fail(f"cannot write {path} (not a file)")
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
     except OSError as error:
         fail(f"cannot write {path} ({error.strerror})")
 
@@ -81,7 +83,7 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
     kind: "flm" or "fmlm" when only that will do. trust: the file may hold Python objects besides tensors.
     Exits with one line when the file is missing, damaged, of another kind or something else.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         fail(f"no checkpoint {path}; train.py writes flm.pt, distill.py reads it and writes fmlm.pt")
     try:
         checkpoint = read_tensors(path, trust)
@@ -91,8 +93,10 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
             checkpoint = released.translate(checkpoint)
         if checkpoint["format"] != "flm-1":
             raise ValueError(f"its format is {checkpoint['format']!r}")
-        for key in ("kind", "model_config", "model", "ema", "clock_embedding_share", "settings", "step", "vocabulary"):
+        for key in ("model", "ema", "clock_embedding_share", "settings", "step", "tokenizer", "vocabulary"):
             checkpoint[key]  # a KeyError here, rather than in the middle of a program
+        if checkpoint["kind"] != ("fmlm" if ModelConfig(**checkpoint["model_config"]).flow_map else "flm"):
+            raise ValueError("its kind does not fit its network")
     except pickle.UnpicklingError:
         fail(f"{path} holds Python objects besides tensors, and to read those can run any program; if you trust where it "
              f"comes from, add --trust_checkpoint to sample.py or distill.py")
@@ -160,33 +164,47 @@ def find_tokenizer(checkpoint: dict, vocabulary: str):
             fail(f"{vocabulary} has {encoding.get_vocab_size()} tokens, the checkpoint {V}")
         return encoding
     if checkpoint["tokenizer"]:
-        return tokenizer.from_dict(checkpoint["tokenizer"])
+        try:
+            return tokenizer.from_dict(checkpoint["tokenizer"])
+        except ValueError as error:
+            fail(f"the checkpoint's {error}")
     if V != 50257:
         fail(f"the checkpoint does not hold its {V} tokens; give --vocabulary=vocab.txt (for LM1B the one of "
              f"bert-base-uncased)")
     return corpus.gpt2_encoding()
 
 
-def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed: Iterable[str]) -> dict | None:
+def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed: Iterable[str], machine: Machine
+                   ) -> dict | None:
     """The checkpoint to continue for init_from = "resume", None for "scratch". Exits when it was made with other values
-    of the `fixed` settings, which a run cannot change on the way."""
+    of the `fixed` settings, which a run cannot change on the way; says so where others differ."""
     require_choice("init_from", init_from, ("scratch", "resume"))
     if init_from == "scratch":
         return None
     checkpoint = load_checkpoint(path, kind)
+    places = "init_from", "out_dir", "dataset", "teacher", "device", "wandb_project"
+    changed = {key: value for key, value in checkpoint["settings"].items()
+               if settings.get(key) != value and key not in places}
     for key in fixed:
-        if settings[key] != checkpoint["settings"][key]:
-            fail(f"{path} was made with {key}={checkpoint['settings'][key]}, not {settings[key]}; resume with that, or "
-                 f"start again with --init_from=scratch")
+        if key in changed:
+            fail(f"{path} was made with {key}={changed[key]}, not {settings[key]}; resume with that, or start again with "
+                 f"--init_from=scratch")
+    for key in changed if machine.main else ():
+        print(f"from here on {key}={settings.get(key)}, until now {changed[key]}", file=sys.stderr)
     return checkpoint
 
 
 def set_aside(path: Path) -> None:
-    """Before a run from scratch: keep the checkpoint and the log of the run before as flm.old.pt and flm.old.jsonl."""
-    for file in (path, path.with_suffix(".jsonl")):
+    """Before a run from scratch: keep the checkpoint of the run before, and its log, as flm.old1.pt, the next one as
+    flm.old2.pt, and so on. Whoever forgot --init_from=resume has lost nothing."""
+    if not path.exists():
+        return
+    names = (f"{path.stem}.old{i}" for i in itertools.count(1))
+    kept = next(name for name in names if not path.with_stem(name).exists())
+    for file in (path.with_suffix(".jsonl"), path):
         if file.exists():
-            os.replace(file, file.with_stem(f"{file.stem}.old"))
-            print(f"the run before is kept as {file.with_stem(f'{file.stem}.old')}", file=sys.stderr)
+            os.replace(file, file.with_stem(kept))
+    print(f"the run before is kept as {path.with_stem(kept)}", file=sys.stderr)
 
 
 def build_clock(config: ModelConfig, embedding_share: float, device: torch.device) -> Clock:
@@ -233,17 +251,23 @@ def save_run(path: Path, kind: str, model: nn.Module, ema: nn.Module, optimizers
         format="flm-1", kind=kind, model_config=asdict(model.config), model=model.state_dict(), ema=ema.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=machine.scaler.state_dict(),
         clock_embedding_share=clock_embedding_share, settings=settings, step=step,
-        generator=dict(seed=settings["seed"], samples_seen=samples_seen),
+        generator=dict(seed=settings["seed"], samples_seen=samples_seen), train_tokens=len(data.tokens),
         tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
 
 
-def restore_run(checkpoint: dict, ema: nn.Module, optimizers: list, machine: Machine) -> tuple[int, int]:
-    """Put a checkpoint's moving average, optimizers and loss scale back; returns (step, samples_seen)."""
-    ema.load_state_dict(checkpoint["ema"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    machine.scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["generator"]["samples_seen"]
+def restore_run(checkpoint: dict, ema: nn.Module, optimizers: list, machine: Machine, data: Data) -> tuple[int, int]:
+    """Put a checkpoint's moving average, optimizers and loss scale back; returns (step, samples_seen). Exits when the
+    data are not those of the run so far, or something is missing."""
+    try:
+        if checkpoint["train_tokens"] != len(data.tokens):
+            fail(f"{data.path} has {len(data.tokens):,} tokens, the run was started on {checkpoint['train_tokens']:,}")
+        ema.load_state_dict(checkpoint["ema"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        machine.scaler.load_state_dict(checkpoint["scaler"])
+        return checkpoint["step"], checkpoint["generator"]["samples_seen"]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        fail(f"the checkpoint cannot be continued ({type(error).__name__}: {error}); sampling may still work")
 
 
 def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
@@ -260,30 +284,57 @@ def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
 # ---------------------------------------------------------------- logs
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log; a last line that a crash cut short is left out."""
+    """The records of a log; a last line that a crash cut short is left out. Exits when it is not a log."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for i, line in enumerate(lines):
+            if i < len(lines) - 1:  # every whole line ends in a newline
+                records.append(json.loads(line))
+                records[-1]["step"] + 0
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        fail(f"{path} is not a log of train.py or distill.py ({type(error).__name__}: {error}); move it away")
     return records
 
 
-class Log:
-    """One JSON object a line in `path`, for plot.py and for people; and the same to wandb if asked."""
+def lock(path: Path):
+    """An open file that no other process can lock until this one ends, however it ends. None on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to {path.parent}; wait for it, or choose another out_dir")
+    return file
 
-    def __init__(self, path: Path, machine: Machine, step: int, wandb_project: str, settings: dict):
+
+class Log:
+    """One JSON object a line beside the checkpoint, for plot.py and for people; and the same to wandb if asked.
+
+    It goes on after `step` when a run is resumed; otherwise the run before is set aside. Holds a lock: exits when
+    another run is writing to the same place.
+    """
+
+    def __init__(self, checkpoint_path: Path, machine: Machine, resumed: bool, step: int, wandb_project: str,
+                 settings: dict):
+        path = checkpoint_path.with_suffix(".jsonl")
         self.path = path if machine.main else None
         self.wandb = None
         if self.path:
+            require_writable(path)
+            self.lock = lock(path.with_suffix(".lock"))
             if wandb_project:
                 try:
                     import wandb
                 except ImportError:
                     fail("wandb_project is set but wandb is missing; run: pip install wandb")
                 self.wandb = wandb.init(project=wandb_project, config=settings)
-            write_lines(path, [record for record in read_log(path) if record["step"] <= step])  # the others come again
+            if not resumed:
+                set_aside(checkpoint_path)
+            write_lines(path, [r for r in read_log(path) if r["step"] <= step] if resumed else [])  # the others come again
 
     def write(self, step: int, **values) -> None:
         if self.path:

@@ -84,7 +84,7 @@ sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
 checkpoint = storage.load_resumable(path, "flm", init_from, settings,
-                                    [*shape, "clock_embedding_share", "optimizer", "seed"])
+                                    [*shape, "clock_embedding_share", *training.FIXED], machine)
 torch.manual_seed(seed)  # every process starts from the same weights
 if checkpoint:
     storage.require_same_vocabulary(checkpoint, data)
@@ -93,14 +93,12 @@ else:
     model = storage.new_model(data.meta["vocab_size"], shape, machine.device)
 ema = copy.deepcopy(model).eval()
 optimizers = training.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
-step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine) if checkpoint else (0, 0)
+step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)
 training.require_alike(settings, data, step, machine)
 
 clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
 net = common.compiled(model, machine) if compile else model  # same weights, faster
-if machine.main and not checkpoint:
-    storage.set_aside(path)
-log = storage.Log(path.with_suffix(".jsonl"), machine, step, wandb_project, settings)
+log = storage.Log(path, machine, bool(checkpoint), step, wandb_project, settings)
 if machine.main:
     training.announce("flow language model", model, machine, len(data.tokens), sequences * block_size, max_iters, path,
                       passes=3)
@@ -159,13 +157,13 @@ while True:
     if step >= max_iters or progress.should_stop(machine):
         break
 
-    # one random stream a step for the times, and one a step and process for dropout
+    # one random stream a step for the times, and one a micro-step for dropout
     tau = stratified(sequences, common.generator(seed, 4, step)).float().view(-1, batch_size)
-    torch.manual_seed(common.mix(seed, 5, step, machine.rank))
     step_loss = torch.zeros((), device=machine.device)
     model.train()
     for i in range(local_steps):
         j = i * machine.world + machine.rank                                    # this micro-step among all processes'
+        torch.manual_seed(common.mix(seed, 5, step, j))                         # for dropout
         first = samples_seen + j * batch_size
         y, times = machine.put(data.rows(first, batch_size)), machine.put(tau[j])
         E = model.embed.weight

@@ -19,6 +19,10 @@ from data.loader import Data
 from model import FlowTransformer
 
 
+# What a resumed run may not change: with another batch, say, it would read some texts twice and others never.
+FIXED = ("optimizer", "beta1", "beta2", "weight_decay", "batch_size", "gradient_accumulation_steps", "seed")
+
+
 def require_trainable(settings: dict) -> None:
     """What train.py and distill.py ask of the settings that both have."""
     require_choice("optimizer", settings["optimizer"], ("adamw", "muon"))
@@ -122,8 +126,9 @@ class LossWatch:
             if step > first:
                 sys.exit(1)
             where = ", ".join(f"{name} = {time:.6g}" for name, time in zip(self.names, times))
+            advice = "; try a lower learning_rate" if step > 1 else ""  # the first step has not used it yet
             fail(f"the loss is not a finite number at step {step:.0f}, first for a text at {where}; the last checkpoint "
-                 f"is untouched; try a lower learning_rate")
+                 f"is untouched{advice}")
 
 
 def share_of_steps(gradient_accumulation_steps: int, machine: Machine) -> int:

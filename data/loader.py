@@ -1,6 +1,7 @@
 """The reader of prepared sets: rows of tokens in an order that is a function of the seed, for train.py and distill.py."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ class Data:
 
     def __init__(self, dataset: str, split: str, block_size: int, seed: int):
         here = Path(__file__).parent
-        folder = Path(dataset) if Path(dataset).is_dir() else here / dataset
+        folder = Path(dataset) if os.path.isdir(dataset) else here / dataset
         path = folder / f"{split}.bin"
-        if not (folder / "meta.json").is_file() or not path.is_file():
+        if not os.path.isfile(folder / "meta.json") or not os.path.isfile(path):  # Path's raise on too long a name
             sets = sorted(script.parent.name for script in here.glob("*/prepare.py"))
             fail(f"no data in {folder}; " + (f"run: python data/{dataset}/prepare.py" if dataset in sets else
                                              f"the sets that can be prepared are {', '.join(sets)}"))

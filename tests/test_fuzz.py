@@ -40,7 +40,7 @@ def contents(folder):
 SCRIPT = dict(__doc__="A script.", __file__=__file__, __name__="__main__", _own=1, Path=Path, LIMIT=3,
               compile=False, steps=1000, learning_rate=2e-3, out_dir="out/toy")
 DEFAULTS = {key: SCRIPT[key] for key in ("compile", "steps", "learning_rate", "out_dir")}
-VALUES = dict(compile=st.booleans(), steps=st.integers(), out_dir=st.text(),
+VALUES = dict(compile=st.booleans(), steps=st.integers(-2 ** 62, 2 ** 62), out_dir=st.text(),
               learning_rate=st.floats(allow_nan=False, allow_infinity=False))
 some_settings = st.fixed_dictionaries({}, optional=VALUES)
 ODD = ["", "nan", "-inf", "1e999", "9" * 5000, "a\nb", "c\r\u2028d", "\udcff", "--", "-", ".", "\0"]

@@ -114,6 +114,9 @@ CASES = [
     ("distill.py --block_size=4", "block_size=4: the network has learned its 8 positions; leave it at 0"),
     # the machine
     ("train.py --device=gpu", "device=gpu: PyTorch cannot use it here; choose auto, cpu, cuda or mps"),
+    ("train.py --device=meta", "device=meta: PyTorch cannot use it here; choose auto, cpu, cuda or mps"),
+    ("train.py --seed=99999999999999999999",
+     "seed=99999999999999999999 on the command line: expected a whole number, such as 1"),
     ("train.py --device=cuda", "device=cuda, but this PyTorch sees no CUDA device; use --device=cpu"),
     ("train.py --wandb_project=x", "wandb_project is set but wandb is missing; run: pip install wandb"),
     # data
@@ -218,8 +221,10 @@ CASES = [
      "gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0"),
     # places to write
     ("train.py --out_dir={broken}/a_file",
-     "cannot write {broken}/a_file/flm.jsonl (File exists); what was there is untouched"),
-    ("sample.py --out={broken}", "cannot write {broken} (Is a directory)"),
+     "cannot write {broken}/a_file/flm.jsonl (File exists)"),
+    ("sample.py --out={broken}", "cannot write {broken} (not a file)"),
+    ("sample.py --out=.", "cannot write . (not a file)"),
+    ("sample.py --out=/dev/null", "cannot write /dev/null (not a file)"),
     ("sample.py --out={broken}/a_file/x.jsonl", "cannot write {broken}/a_file/x.jsonl (File exists)"),
     # preparing data
     ("data/owt/prepare.py --file={broken}/none.parquet", "{broken}/none.parquet: no such file"),
@@ -235,14 +240,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("command, message", CASES)
-def test_one_line(command, message, toy, broken, monkeypatch):
+def test_one_line(command, message, toy, broken, monkeypatch, tmp_path):
     if "device=cuda" in command and torch.cuda.is_available():
         pytest.skip("this machine has the CUDA device that the message says is missing")
     if "dataset=owt" in command and (ROOT / "data" / "owt" / "meta.json").exists():
         pytest.skip("data/owt is prepared here")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     script, *words = command.format(toy=toy[0], broken=broken).split()
-    out = toy[0] / "out" if "resume" in command else broken / "run"
+    out = toy[0] / "out" if "resume" in command else tmp_path
     usual = {"train.py": [f"--dataset={toy[0] / 'data'}", f"--out_dir={out}", "--device=cpu", *TINY],
              "distill.py": [f"--dataset={toy[0] / 'data'}", f"--out_dir={toy[0] / 'out'}", "--device=cpu"],
              "sample.py": [f"--out_dir={toy[0] / 'out'}", "--device=cpu"]}
@@ -263,6 +268,14 @@ def test_a_process_alone_in_its_group(toy, monkeypatch, tmp_path):
     said = mistake(monkeypatch, "train.py", *toy[1], f"--out_dir={tmp_path}")
     assert said.startswith("error: process 1 did not find the others (")
     assert said.endswith("); start all of them with torchrun") and "\n" not in said
+
+
+@pytest.mark.parametrize("rank, world", [("1", "1"), ("0", "abc"), ("-1", "2"), ("0", "0")])
+def test_impossible_processes(rank, world, toy, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert mistake(monkeypatch, "train.py", *toy[1], f"--out_dir={tmp_path}") == (
+        f"error: RANK={rank} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or unset both")
 
 
 def test_enough_cases():

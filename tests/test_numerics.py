@@ -61,7 +61,7 @@ def step(objective, dtype):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("objective", ["flow", "psd", "lsd"])
+@pytest.mark.parametrize("objective", ["flow", "psd", "lsd", "esd"])
 def test_step_in_bfloat16_is_the_step_in_float64(objective, monkeypatch):
     """bfloat16 keeps 8 bits: each factor of a product is off by up to 2^-9 = 0.2 %, and a gradient comes out of some
     twenty products in a row, which makes 1 or 2 %. A term that is lost or weighed wrongly is off by all of it. The head

@@ -4,10 +4,14 @@ Several processes are one: the same gradient, the same noise, every sample once,
 all do, with the words of the one that knows why.
 """
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 from conftest import ROOT
-from programs import QUICK, TINY, TORCHRUN, TWO, free_port, quick_run, run, start, write_set, write_toy
+from programs import QUICK, TINY, TORCHRUN, TWO, Fork, free_port, quick_run, run, start, write_set, write_toy
 
 # A config file is Python. This one gives every process a folder of its own and writes down the rows it reads.
 SPY = """
@@ -47,6 +51,9 @@ def test_gradient_is_that_of_the_concatenated_batch(toy, n_embd, tmp_path):
     two = take_a_step(tmp_path / "two", "train.py", *options, "--gradient_accumulation_steps=2", processes=2)
     one = take_a_step(tmp_path / "one", "train.py", *options, "--batch_size=16")
     assert_close(two, one)
+    dropout = [*options, "--gradient_accumulation_steps=2", "--dropout=0.3"]
+    assert_close(take_a_step(tmp_path / "two drop", "train.py", *dropout, processes=2),
+                 take_a_step(tmp_path / "one drops", "train.py", *dropout))
 
     read = [[int(line) for line in (tmp_path / "two" / f"rows{rank}").read_text().split()] for rank in range(2)]
     assert sorted(read[0] + read[1]) == list(range(16)) and len(read[0]) == len(read[1])  # sharded without overlap
@@ -96,9 +103,31 @@ def test_a_process_that_ends_takes_the_others_along(toy, tmp_path):
     said = run("train.py", config, *QUICK, *TINY, f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2",
                launcher=TWO, status=1)
     assert f"error: {tmp_path / 'damaged' / 'train.bin'} holds token 255, past its vocabulary of 16" in said
-    assert "error: process 0 stops because another one did" in said
     assert 'train.py", line' not in said  # the only traceback is torchrun's own
     assert not (tmp_path / "out" / "flm.pt").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_takes_the_others_along(toy, rank, tmp_path):
+    running = Fork("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1000000", "--log_interval=1",
+                   "--eval_interval=1000000", "--gradient_accumulation_steps=2", processes=2)
+    while not (tmp_path / "flm.jsonl").exists() or not (tmp_path / "flm.jsonl").read_text().count("\n") > 2:
+        time.sleep(0.01)
+    os.kill(running.processes[rank].pid, signal.SIGKILL)
+    start = time.monotonic()
+    statuses, _, said = running.end()
+    assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1 and time.monotonic() < start + 60
+    assert f"error: process {1 - rank} stops because another one did" in said and "Traceback" not in said
+
+
+def test_a_full_disk_ends_all(toy, tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full to write to")
+    (tmp_path / "flm.pt.tmp").symlink_to("/dev/full")
+    said = quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2", processes=2,
+                     status=1)
+    assert f"error: cannot write {tmp_path / 'flm.pt'} (No space left on device)" in said
+    assert "error: process 1 stops because another one did" in said and "Traceback" not in said
 
 
 def test_micro_steps_must_go_round(toy):
