@@ -188,8 +188,8 @@ def expected_embedding(head: Callable, hidden: Tensor, E: Tensor) -> Tensor:
 
 
 def most_likely(head: Callable, hidden: Tensor) -> Tensor:
-    """argmax_v D[v], tokens (B, L), from hidden (B, L, d). Not under autocast: in bfloat16 the two largest logits are often
-    equal, and argmax would take the one that comes first in the vocabulary."""
+    """argmax_v D[v], tokens (B, L), from hidden (B, L, d). Not under autocast: in bfloat16 the two largest logits are
+    often equal, and argmax would take the one that comes first in the vocabulary."""
     with torch.autocast(hidden.device.type, enabled=False):
         return by_tokens(lambda hidden: head(hidden).argmax(-1), head, hidden)
 

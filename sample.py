@@ -55,9 +55,10 @@ is_map = checkpoint["model_config"]["flow_map"]
 if gamma and not is_map:
     common.fail("gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0")
 net = storage.build_model(checkpoint, machine.device)
-flow = storage.build_model(storage.load_checkpoint(Path(out_dir) / "flm.pt", "flm"), machine.device) if flow_steps else None
-if flow and not (flow.embed.weight.shape == net.embed.weight.shape and flow.embed.weight.equal(net.embed.weight)):
-    common.fail(f"{out_dir}/flm.pt is not the flow that the flow map was distilled from; run distill.py again")
+if flow_steps:
+    flow = storage.build_model(storage.load_checkpoint(Path(out_dir) / "flm.pt", "flm"), machine.device)
+    if not flow.embed.weight.equal(net.embed.weight):
+        common.fail(f"{out_dir}/flm.pt is not the flow that the flow map was distilled from; run distill.py again")
 clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
 encoding = storage.find_tokenizer(checkpoint, vocabulary)
 E = net.embed.weight.detach()
@@ -70,7 +71,7 @@ def generate(samples: range, n_steps: int, with_flow: bool) -> list[str]:
     z0 = latent_noise(E, factor, normal)                                        # (B, L, d)
     with machine.autocast():
         if with_flow:
-            tokens = sample_flow(flow or net, clock, z0, n_steps)
+            tokens = sample_flow(flow if flow_steps else net, clock, z0, n_steps)
         else:
             tokens = sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal))
     return [encoding.decode(row) for row in tokens.tolist()]                    # .tolist() waits for the device
@@ -89,7 +90,8 @@ for n_steps, with_flow in runs:
         texts += generate(range(first, first + GROUP), n_steps, with_flow)
     seconds = (time.perf_counter() - start) / len(texts)
     name = "FLM" if with_flow else "FMLM"
-    print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups of {GROUP}")
+    print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups "
+          f"of {GROUP}")
     records += [dict(sample=i, model=name, steps=n_steps, text=text, seed=seed, gamma=gamma)
                 for i, text in enumerate(texts[:num_samples])]
 

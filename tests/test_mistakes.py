@@ -51,6 +51,11 @@ def broken(toy, tmp_path_factory):
     torch.save(dict(torch.load(out / "flm.pt"), format="flm-2"), folder / "newer.pt")
     torch.save({"state_dict": {}, "settings": Object()}, folder / "object.pt")
     torch.save({key: value for key, value in torch.load(out / "flm.pt").items() if key != "ema"}, folder / "no_ema.pt")
+    (folder / "retrained").mkdir()
+    (folder / "retrained" / "fmlm.pt").write_bytes((out / "fmlm.pt").read_bytes())
+    checkpoint = torch.load(out / "flm.pt")
+    checkpoint["ema"]["embed.weight"] += 1
+    torch.save(checkpoint, folder / "retrained" / "flm.pt")
     for name, change in (("no_bias", lambda ema: ema.pop("head.bias")), ("short", lambda ema: ema.update(
             {"head.bias": ema["head.bias"][:3]})), ("nan", lambda ema: ema["head.bias"].fill_(float("nan")))):
         checkpoint = torch.load(out / "flm.pt")
@@ -204,6 +209,8 @@ CASES = [
      "{toy}/out/flm.pt is a flow (FLM, from train.py); what is needed here is a flow map (FMLM, from distill.py)"),
     ("sample.py --init_from={toy}/out/fmlm.pt --model=flm",
      "{toy}/out/fmlm.pt is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from train.py)"),
+    ("sample.py --out_dir={broken}/retrained --flow_steps=2",
+     "{broken}/retrained/flm.pt is not the flow that the flow map was distilled from; run distill.py again"),
     ("sample.py --out_dir={broken}/swapped",
      "{broken}/swapped/fmlm.pt is a flow (FLM, from train.py); what is needed here is a flow map (FMLM, from "
      "distill.py)"),
