@@ -74,6 +74,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
     replace_file(path, lambda file: file.write(lines.encode()))
 
 
+PLACES = "out_dir", "dataset", "teacher", "device", "wandb_project"  # settings that may differ without harm
 KINDS = {"flm": "a flow (FLM, from train.py)", "fmlm": "a flow map (FMLM, from distill.py)"}
 
 
@@ -182,9 +183,8 @@ def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed:
     if init_from == "scratch":
         return None
     checkpoint = load_checkpoint(path, kind)
-    places = "init_from", "out_dir", "dataset", "teacher", "device", "wandb_project"
     changed = {key: value for key, value in checkpoint["settings"].items()
-               if settings.get(key) != value and key not in places}
+               if settings.get(key) != value and key not in (*PLACES, "init_from")}
     for key in fixed:
         if key in changed:
             fail(f"{path} was made with {key}={changed[key]}, not {settings[key]}; resume with that, or start again with "
@@ -288,10 +288,9 @@ def read_log(path: Path) -> list[dict]:
     records = []
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
-        for i, line in enumerate(lines):
-            if i < len(lines) - 1:  # every whole line ends in a newline
-                records.append(json.loads(line))
-                records[-1]["step"] + 0
+        for line in lines[:-1]:  # after the last newline comes nothing, or what was cut short
+            records.append(json.loads(line))
+            records[-1]["step"] + 0  # it has a step, and that is a number
     except (KeyError, OSError, TypeError, ValueError) as error:
         fail(f"{path} is not a log of train.py or distill.py ({type(error).__name__}: {error}); move it away")
     return records

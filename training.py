@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common import Machine, fail, require_choice, require_in
 from data.loader import Data
 from model import FlowTransformer
+from storage import PLACES
 
 
 # What a resumed run may not change: with another batch, say, it would read some texts twice and others never.
@@ -37,7 +38,7 @@ def require_trainable(settings: dict) -> None:
 def require_alike(settings: dict, data: Data, step: int, machine: Machine) -> None:
     """Exits unless all processes have the same settings (places apart), data and first step. With others their weights
     would drift apart, and nothing would show it."""
-    facts = [settings[key] for key in settings if key not in ("out_dir", "dataset", "teacher", "device", "wandb_project")]
+    facts = [value for key, value in settings.items() if key not in PLACES]
     facts += [data.meta["tokenizer"], len(data.tokens), step]
     digest = float(int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4], "big"))
     low, minus_high = machine.total(torch.tensor([digest, -digest], dtype=torch.float64), dist.ReduceOp.MIN).tolist()
