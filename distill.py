@@ -107,7 +107,7 @@ training.require_alike(settings, data, step, machine)
 
 clock = storage.build_clock(flow.config, flm["clock_embedding_share"], machine.device)
 E = student.embed.weight
-factor = noise_factor(E, batch_size * block_size)  # E is frozen: once is enough
+factor = noise_factor(E, E.size(1))  # E is frozen: once is enough
 net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
 log = storage.Log(path, machine, bool(checkpoint), step, wandb_project, settings)
 if machine.main:
@@ -132,11 +132,11 @@ def draw_times(micro_steps: int, full_share: float, random: torch.Generator):
 
 
 def loss_terms(model, target, y, tau_s, tau_t, z0):
-    """The loss of every row, (B,), and the mass cut off the targets, per jump (B - n_diagonal,)."""
+    """The loss, to differentiate; of every row, (B,), and the mass cut off the targets, per jump (B - n_diagonal,)."""
     with machine.autocast():
-        loss, cut = distillation_loss(model, target, None if self_distill else teacher_net, clock, objective,
-                                      y, tau_s, tau_t, z0, n_diagonal)
-    return loss.mean(1), cut.mean(1)
+        loss, losses, cut = distillation_loss(model, target, None if self_distill else teacher_net, clock, objective,
+                                              y, tau_s, tau_t, z0, n_diagonal)
+    return loss, losses.mean(1), cut.mean(1)
 
 
 @torch.no_grad()
@@ -149,12 +149,22 @@ def validate() -> tuple[float, list[float | None]]:
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))
         start, end = machine.put(tau_s[i]), machine.put(tau_t[i])
-        loss, _ = loss_terms(ema, ema, y, start, end, noise(range(i * batch_size, (i + 1) * batch_size), 3))
+        _, loss, _ = loss_terms(ema, ema, y, start, end, noise(range(i * batch_size, (i + 1) * batch_size), 3))
         bins = 1 + ((end - start) * 10).long().clamp_max(9)
         bins[:n_diagonal] = 0
         total.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
     losses, counts = machine.total(total).cpu()
     return (losses.sum() / counts.sum()).item(), training.bin_means(losses, counts)
+
+
+def batch(n: int):
+    """Micro-step n of this process, on its way to the device: the number of its first sample, tokens (B, L), times tau_s
+    and tau_t (B,)."""
+    at, i = divmod(n, local_steps)
+    j = i * machine.world + machine.rank                                        # this micro-step among all processes'
+    first = at * sequences + j * batch_size
+    tau_s, tau_t = draw_times(gradient_accumulation_steps, full_jump_share, common.generator(seed, 4, at))
+    return first, machine.put(data.rows(first, batch_size)), machine.put(tau_s[j]), machine.put(tau_t[j])
 
 
 def save() -> None:
@@ -167,6 +177,7 @@ def save() -> None:
 resumed_at = step if checkpoint else None  # that step's validation is in the log already
 progress = training.Progress(step, max_iters, sequences * block_size)
 watch = training.LossWatch(machine, "tau_s", "tau_t")
+coming = batch(step * local_steps)
 while True:
     lr = training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
     training.set_learning_rate(optimizers, lr)
@@ -184,19 +195,17 @@ while True:
     if step >= max_iters or progress.should_stop(machine):
         break
 
-    tau_s, tau_t = draw_times(gradient_accumulation_steps, full_jump_share, common.generator(seed, 4, step))
     means = torch.zeros(2, device=machine.device)                               # of the loss and of the mass cut
     student.train()
     for i in range(local_steps):
-        j = i * machine.world + machine.rank                                    # this micro-step among all processes'
-        torch.manual_seed(common.mix(seed, 5, step, j))                         # for dropout
-        first = samples_seen + j * batch_size
-        y, start, end = machine.put(data.rows(first, batch_size)), machine.put(tau_s[j]), machine.put(tau_t[j])
-        losses, cut = loss_terms(net, ema if target_ema else net, y, start, end,
-                                 noise(range(first, first + batch_size), 6))
-        machine.scaler.scale(losses.mean() / local_steps).backward()
-        means += torch.stack([losses.detach().mean(), cut.mean()]) / local_steps
-        watch.see(step + 1, losses.detach(), start, end)
+        first, y, start, end = coming
+        torch.manual_seed(common.mix(seed, 5, first))                           # for dropout
+        loss, losses, cut = loss_terms(net, ema if target_ema else net, y, start, end,
+                                       noise(range(first, first + batch_size), 6))
+        coming = batch(step * local_steps + i + 1)                              # while the device is busy
+        machine.scaler.scale(loss / local_steps).backward()
+        means += torch.stack([loss.detach(), cut.mean()]) / local_steps
+        watch.see(step + 1, losses, start, end)
     norm = training.optimizer_step(student, optimizers, machine, grad_clip)
     training.update_ema(ema, student, ema_decay, step)
     step, samples_seen = step + 1, samples_seen + sequences

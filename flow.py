@@ -11,21 +11,20 @@ the flow dx/dt = (D_t(x) - x) / (1 - t) from noise at t = 0 to a text at t = 1. 
   t is near 0.8 and then everything can. `tau` is the share of tokens that could be decoded; train and sample in tau;
 - **z instead of x** (`latent_noise`): the network reads x only through z = x E, so noise of the law of x0 E is drawn
   directly, in d dimensions instead of V;
-- **the head in slices** (`by_tokens`): the only tensors with a vocabulary axis are a few tokens tall.
+- **the head in slices** (`by_tokens`, `sum_by_tokens`): the only tensors with a vocabulary axis are some tokens tall.
 
 Shapes: B sequences, L tokens, V vocabulary, d width. `model` is any callable (z, tau) -> hidden with a `head` that turns
 hidden (.., d) into logits (.., V) and an `embed.weight` E (V, d).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
-SLICE = 2 ** 24  # logits held at once, about: 64 MiB in float32
+SLICE = 2 ** 25  # logits held at once: 128 MiB in float32, 667 tokens at V = 50,257
 
 
 # ---------------------------------------------------------------- the clock
@@ -124,13 +123,26 @@ def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
         return None
     with torch.autocast(E.device.type, enabled=False):
         E = E if E.dtype == torch.float64 else E.float()
-        gram = E.T @ E
+        gram = Gram.apply(E)
         identity = torch.eye(d, dtype=E.dtype, device=E.device)
         with torch.no_grad():
             jitter = 1e-6 * gram.diagonal().mean()
             failed = torch.linalg.cholesky_ex(gram + jitter * identity).info > 0
             jitter = torch.where(failed, 1e-5 * gram.norm(), jitter)
         return torch.linalg.cholesky_ex(gram + jitter * identity).L
+
+
+class Gram(torch.autograd.Function):
+    """E^T E (d, d) from E (V, d). Its derivative dE = E (dG + dG^T) is one product where autograd would make two."""
+
+    @staticmethod
+    def forward(ctx, E: Tensor) -> Tensor:
+        ctx.save_for_backward(E)
+        return E.T @ E
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return ctx.saved_tensors[0] @ (gradient + gradient.T)
 
 
 def latent_noise(E: Tensor, factor: Tensor | None, normal: Callable[[int], Tensor]) -> Tensor:
@@ -157,49 +169,100 @@ def corrupt(E: Tensor, y: Tensor, t: Tensor, z0: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the head, a slice of tokens at a time
 
-def by_tokens(function: Callable[..., Tensor], head: Callable, *tensors: Tensor) -> Tensor:
-    """function(*tensors), computed on slices of the B L tokens so that logits never exist for all of them.
-
-    tensors: (B, L, ..) each; function sees (n, ..) slices and returns one (n, ..) tensor; result (B, L, ..). When
-    gradients are on, each slice's logits are recomputed in the backward pass instead of being kept. `head` is only
-    asked for its vocabulary size.
-    """
-    B, L = tensors[0].shape[:2]
-    flat = [tensor.flatten(0, 1) for tensor in tensors]                         # (B L, ..)
+def slices(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same slice of several tensors (N, ..), as many tokens tall as SLICE logits allow."""
     n = max(1, SLICE // head.out_features)
-    if B * L <= n:
-        result = function(*flat)
-    elif torch.is_grad_enabled():
-        result = torch.cat([checkpoint(function, *part, use_reentrant=False)
-                            for part in zip(*(tensor.split(n) for tensor in flat))])
-    else:
-        result = torch.cat([function(*part) for part in zip(*(tensor.split(n) for tensor in flat))])
-    return result.unflatten(0, (B, L))
+    return zip(*(tensor.split(n) for tensor in tensors))
 
 
-def cross_entropy(head: Callable, hidden: Tensor, y: Tensor) -> Tensor:
-    """-log D[y], nats, (B, L), from hidden (B, L, d) and tokens y (B, L)."""
-    return by_tokens(lambda hidden, y: F.cross_entropy(head(hidden), y, reduction="none"), head, hidden, y)
+@torch.no_grad()
+def by_tokens(function: Callable[..., Tensor], head: nn.Module, *tensors: Tensor) -> Tensor:
+    """function(*tensors) without gradient, on slices of the B L tokens so that logits never exist for all of them.
+
+    tensors: (B, L, ..) each; function sees (n, ..) slices and returns one (n, ..) tensor; result (B, L, ..). `head` is
+    only asked for its vocabulary size.
+    """
+    parts = [function(*part) for part in slices(head, *(tensor.flatten(0, 1) for tensor in tensors))]
+    return torch.cat(parts).unflatten(0, tensors[0].shape[:2])
 
 
-def expected_embedding(head: Callable, hidden: Tensor, E: Tensor) -> Tensor:
-    """D E = sum_v D[v] E[v], the denoised state (B, L, d), from hidden (B, L, d)."""
+def sum_by_tokens(function: Callable[..., Tensor], head: nn.Module, hidden: Tensor, *tensors: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+    """The sum over all tokens of a loss, to differentiate, and what `function` returned, (B, L, k), without gradient.
+
+    function(head(hidden), *tensors) sees (n, ..) slices of hidden (B, L, d) and tensors (B, L, ..) and returns (n, k),
+    losses in column 0. Gradients go to hidden and to the head's parameters, not to the other tensors. The sum can be
+    differentiated once.
+    """
+    if torch.is_grad_enabled():
+        total, values = SumBySlices.apply(function, head, hidden.flatten(0, 1),
+                                          [tensor.flatten(0, 1) for tensor in tensors], *head.parameters())
+        return total, values.unflatten(0, hidden.shape[:2])
+    values = by_tokens(lambda hidden, *rest: function(head(hidden), *rest), head, hidden, *tensors)
+    return values[..., 0].sum(), values
+
+
+class SumBySlices(torch.autograd.Function):
+    """The gradient of a sum over tokens is known as soon as the loss is: each slice is differentiated in the forward
+    pass and its logits dropped, where keeping them takes B L V numbers and remaking them a fourth product with V."""
+
+    @staticmethod
+    def forward(ctx, function, head, hidden, tensors, *parameters):
+        values, of_hidden, of_head = [], [], None
+        for part, *rest in slices(head, hidden.detach(), *tensors):
+            with torch.enable_grad():
+                value = function(head(part.requires_grad_()), *rest)            # (n, k)
+                gradient, *more = torch.autograd.grad(value[:, 0].sum(), (part, *parameters))
+            values.append(value.detach())
+            of_hidden.append(gradient)
+            if of_head is None:
+                of_head = more
+            else:
+                torch._foreach_add_(of_head, more)
+            del value, more                                                     # logits and (V, d), before the next
+        values = torch.cat(values)                                              # (B L, k)
+        ctx.mark_non_differentiable(values)
+        ctx.save_for_backward(torch.cat(of_hidden), *of_head)
+        return values[:, 0].sum(), values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, _):
+        of_hidden, *of_head = (gradient.mul_(scale) for gradient in ctx.saved_tensors)
+        return None, None, of_hidden, None, *of_head
+
+
+def cross_entropy(head: nn.Module, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """-log D[y] in nats from hidden (B, L, d) and tokens y (B, L): the sum, to differentiate, and each (B, L)."""
+    total, losses = sum_by_tokens(lambda logits, y: F.cross_entropy(logits, y, reduction="none")[:, None], head, hidden,
+                                  y)
+    return total, losses[..., 0]
+
+
+def expected_embedding(head: nn.Module, hidden: Tensor, E: Tensor) -> Tensor:
+    """D E = sum_v D[v] E[v], the denoised state (B, L, d), from hidden (B, L, d). Without gradient."""
     return by_tokens(lambda hidden: head(hidden).softmax(-1).to(E.dtype) @ E, head, hidden).to(E.dtype)
 
 
-def most_likely(head: Callable, hidden: Tensor) -> Tensor:
-    """argmax_v D[v], tokens (B, L), from hidden (B, L, d). Not under autocast: in bfloat16 the two largest logits are
-    often equal, and argmax would take the one that comes first in the vocabulary."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return by_tokens(lambda hidden: head(hidden).argmax(-1), head, hidden)
+def most_likely(head: nn.Module, hidden: Tensor) -> Tensor:
+    """argmax_v D[v], tokens (B, L), from hidden (B, L, d). In bfloat16 the largest logits are often equal, and the first
+    in the vocabulary would win: the best four are computed again in float32."""
+    def best(hidden):
+        few = head(hidden).topk(min(4, head.out_features)).indices              # (n, 4)
+        with torch.autocast(hidden.device.type, enabled=False):
+            again = (head.weight[few] @ hidden[..., None].to(head.weight.dtype)).squeeze(-1) + head.bias[few]
+        return few.gather(-1, again.argmax(-1, keepdim=True)).squeeze(-1)
+    return by_tokens(best, head, hidden)
 
 
 # ---------------------------------------------------------------- training and sampling
 
-def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, z0: Tensor) -> Tensor:
-    """Cross-entropy of the denoiser at clock times tau (B,), nats per token, (B, L). The loss of an FLM is its mean."""
+def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of an FLM at clock times tau (B,): the mean cross-entropy of the denoiser, nats a token, to
+    differentiate, and that of each token, (B, L), without gradient."""
     z = corrupt(model.embed.weight, y, clock.t_of_tau(tau), z0)
-    return cross_entropy(model.head, model(z, tau), y)
+    total, losses = cross_entropy(model.head, model(z, tau), y)
+    return total / y.numel(), losses
 
 
 def step_size(s: Tensor, t: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flow import Clock, by_tokens, corrupt, cross_entropy, expected_embedding, most_likely, move, step_size
+from flow import (Clock, corrupt, cross_entropy, expected_embedding, most_likely, move, step_size,
+                  sum_by_tokens)
 
 Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a function of slices of those (B, L, ..) -> (n, V)
 
@@ -124,28 +126,32 @@ def per_token(scalar: Tensor, like: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the loss
 
-def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """KL(target || softmax(head(hidden))), nats, (B, L), and how far each target had left the simplex, (B, L).
+def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(target || softmax(head(hidden))), nats: the sum, to differentiate, and each (B, L); and how far each target had
+    left the simplex, (B, L).
 
     A target with a derivative in it can have negative entries. They are set to zero and the rest rescaled to sum to
     one; the mass cut off is returned, for the training log to show, since a projected target is a biased one.
     """
     function, tensors = target
 
-    def divergence(hidden, *tensors):
+    def divergence(logits, *tensors):
         with torch.no_grad():
             raw = function(*tensors)                                            # (n, V), sums to one
             cut = raw.clamp_max(0).sum(-1).neg()                                # (n,)
-            p = raw.clamp_min(0)
-            p = p / p.sum(-1, keepdim=True)
-        log_q = head(hidden).log_softmax(-1)
-        return torch.stack([(torch.special.xlogy(p, p) - p * log_q).sum(-1), cut], dim=-1)
-    return by_tokens(divergence, head, hidden, *tensors).unbind(-1)
+            p = raw.clamp_min_(0)
+            p /= p.sum(-1, keepdim=True)
+            entropy = -torch.special.xlogy(p, p).sum(-1)
+        return torch.stack([F.cross_entropy(logits, p, reduction="none") - entropy, cut], dim=-1)
+    total, values = sum_by_tokens(divergence, head, hidden, *tensors)
+    return total, *values.unbind(-1)
 
 
 def distillation_loss(student: Callable, target: Callable, teacher: Callable | None, clock: Clock, objective: str,
-                      y: Tensor, tau_s: Tensor, tau_t: Tensor, z0: Tensor, n_diagonal: int) -> tuple[Tensor, Tensor]:
-    """The loss of an FMLM, nats per token, (B, L), and the mass cut from off-diagonal targets, (B - n_diagonal, L).
+                      y: Tensor, tau_s: Tensor, tau_t: Tensor, z0: Tensor, n_diagonal: int
+                      ) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of an FMLM, nats a token: the mean, to differentiate, and each (B, L); and the mass cut from off-diagonal
+    targets, (B - n_diagonal, L).
 
     The first n_diagonal rows have tau_t = tau_s and learn the denoiser; the others learn jumps by `objective`, a key of
     OBJECTIVES. Both go through the student in one pass. y (B, L) tokens, tau_s and tau_t (B,), z0 (B, L, d) noise.
@@ -158,15 +164,16 @@ def distillation_loss(student: Callable, target: Callable, teacher: Callable | N
     z = corrupt(student.embed.weight, y, clock.t_of_tau(tau_s), z0)
     hidden = student(z, tau_s, tau_t)                                           # (B, L, d)
     if teacher is None:
-        diagonal = cross_entropy(student.head, hidden[:n], y[:n])
+        total, diagonal = cross_entropy(student.head, hidden[:n], y[:n])
         teacher = OwnDiagonal(target)
     else:
         with torch.no_grad():
             denoised = teacher(z[:n], tau_s[:n])
-        diagonal, _ = kl_to_target(student.head, hidden[:n], (lambda h: teacher.head(h).softmax(-1), (denoised,)))
-    off_diagonal, cut = kl_to_target(student.head, hidden[n:],
-                                     OBJECTIVES[objective](target, teacher, clock, z[n:], tau_s[n:], tau_t[n:]))
-    return torch.cat([diagonal, off_diagonal]), cut
+        total, diagonal, _ = kl_to_target(student.head, hidden[:n],
+                                          (lambda h: teacher.head(h).softmax(-1), (denoised,)))
+    more, off_diagonal, cut = kl_to_target(student.head, hidden[n:],
+                                           OBJECTIVES[objective](target, teacher, clock, z[n:], tau_s[n:], tau_t[n:]))
+    return (total + more) / y.numel(), torch.cat([diagonal, off_diagonal]), cut
 
 
 class OwnDiagonal:

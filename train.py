@@ -118,17 +118,28 @@ def validate() -> tuple[float, list[float | None]]:
                         device=machine.device)                                  # losses, counts
     tau = stratified(eval_iters * batch_size, common.generator(seed, 2))
     E = ema.embed.weight
-    factor = noise_factor(E, batch_size * block_size)
+    factor = noise_factor(E, eval_iters * batch_size * block_size)
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))              # (B, L)
         times = machine.put(tau[i * batch_size:(i + 1) * batch_size].float())   # (B,)
         z0 = noise(E, factor, range(i * batch_size, (i + 1) * batch_size), 3)
         with machine.autocast():
-            loss = flow_loss(ema, clock, y, times, z0).mean(1)                  # (B,)
+            _, losses = flow_loss(ema, clock, y, times, z0)                     # (B, L)
+        loss = losses.mean(1)                                                   # (B,)
         total.index_add_(1, (times * 10).long().clamp_max(9),
                          torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
     losses, counts = machine.total(total).cpu()
     return (losses.sum() / counts.sum()).item(), training.bin_means(losses, counts)
+
+
+def batch(n: int):
+    """Micro-step n of this process, on its way to the device: the number of its first sample, tokens (B, L), times (B,).
+    The times of an optimizer step are drawn together, one in each of `sequences` strata."""
+    at, i = divmod(n, local_steps)
+    j = i * machine.world + machine.rank                                        # this micro-step among all processes'
+    first = at * sequences + j * batch_size
+    tau = stratified(sequences, common.generator(seed, 4, at)).float().view(-1, batch_size)
+    return first, machine.put(data.rows(first, batch_size)), machine.put(tau[j])
 
 
 def save() -> None:
@@ -141,6 +152,7 @@ def save() -> None:
 resumed_at = step if checkpoint else None  # that step's validation is in the log already
 progress = training.Progress(step, max_iters, sequences * block_size)
 watch = training.LossWatch(machine, "tau")
+coming = batch(step * local_steps)
 while True:
     lr = training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
     training.set_learning_rate(optimizers, lr)
@@ -157,22 +169,23 @@ while True:
     if step >= max_iters or progress.should_stop(machine):
         break
 
-    # one random stream a step for the times, and one a micro-step for dropout
-    tau = stratified(sequences, common.generator(seed, 4, step)).float().view(-1, batch_size)
-    step_loss = torch.zeros((), device=machine.device)
     model.train()
+    step_loss = torch.zeros((), device=machine.device)
+    E = model.embed.weight
+    factor = noise_factor(E, sequences * block_size)  # once a step: its gradient is gathered over the micro-steps, ..
+    leaf = None if factor is None else factor.detach().requires_grad_()
     for i in range(local_steps):
-        j = i * machine.world + machine.rank                                    # this micro-step among all processes'
-        torch.manual_seed(common.mix(seed, 5, step, j))                         # for dropout
-        first = samples_seen + j * batch_size
-        y, times = machine.put(data.rows(first, batch_size)), machine.put(tau[j])
-        E = model.embed.weight
-        z0 = noise(E, noise_factor(E, batch_size * block_size), range(first, first + batch_size), 6)
+        first, y, times = coming
+        torch.manual_seed(common.mix(seed, 5, first))                           # for dropout
+        z0 = noise(E, leaf, range(first, first + batch_size), 6)
         with machine.autocast():
-            losses = flow_loss(net, clock, y, times, z0).mean(1)                # (B,)
-        machine.scaler.scale(losses.mean() / local_steps).backward()
-        step_loss += losses.detach().mean() / local_steps
-        watch.see(step + 1, losses.detach(), times)
+            loss, losses = flow_loss(net, clock, y, times, z0)
+        coming = batch(step * local_steps + i + 1)                              # while the device is busy
+        machine.scaler.scale(loss / local_steps).backward()
+        step_loss += loss.detach() / local_steps
+        watch.see(step + 1, losses.mean(1), times)
+    if factor is not None:
+        factor.backward(leaf.grad)                    # .. and carried on to E at the end
     norm = training.optimizer_step(model, optimizers, machine, grad_clip)
     training.update_ema(ema, model, ema_decay, step)
     step, samples_seen = step + 1, samples_seen + sequences

@@ -1,0 +1,299 @@
+"""What a step costs: ours, beside the same network fed one-hot arrays, and beside an ordinary language model of its size.
+
+    python bench.py train                                          # seconds and memory of a training step
+    python bench.py train --n_layer=4 --n_head=4 --n_embd=256      # where the vocabulary dominates
+    python bench.py distill                                        # of a distillation step
+    python bench.py sample --batch_size=1                          # one-step text against a decoder with a KV cache
+    python bench.py scaling                                        # against V, against B L, against steps: an hour
+    python bench.py plot                                           # the scaling as a figure, out_dir/scaling.png
+    python bench.py --estimate                                     # on paper: what an H100 would need
+
+The paths:
+
+    ours     flow.py and flowmap.py as train.py and distill.py use them
+    dense    the textbook: noise, one-hot text, their mixture and all log-probabilities as arrays (B, L, V)
+    floor    the same transformer as a plain classifier of clean tokens: what any language model of this size must pay
+    whole    the floor with all logits at once, (B, L, V), as most language models are trained
+    ar       sampling only: the same transformer decoding one token after the other with a cache of keys and values
+
+Every path runs in fresh processes of its own, for its peak memory; they take turns, in an order that is reversed every
+time, so that a drift of the machine hits all alike. A path's time is the median over all its steps, a ratio is that of
+two medians, and in brackets stand the smallest and the largest ratio within one turn. Every run appends a line to
+out_dir/<command>.jsonl.
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import common
+import storage
+import training
+from baselines import ar
+from flow import Clock, cross_entropy, flow_loss, latent_noise, noise_factor
+from flowmap import distillation_loss, off_diagonal_times, sample_flow_map, semigroup_weight
+from model import FlowTransformer, ModelConfig
+
+# -- the network and the batch
+vocab_size = 50257
+block_size = 128                 # L, tokens in a sequence
+batch_size = 32                  # B, sequences in a micro-step
+gradient_accumulation_steps = 1  # micro-steps in a step
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_time = 128
+attention_softcap = 0.0
+logit_softcap = 0.0
+diagonal_share = 0.5             # distill: of the batch
+sampling_steps = 1               # sample: network evaluations a text
+# -- the measurement
+paths = ""                       # comma-separated; "" = ours,dense,floor, or ours,ar for sample
+turns = 3                        # processes of each path
+steps = 5                        # timed steps of a process, after four that are not
+out_dir = "out/bench"
+profile = False                  # also print where the time of a step of each path goes
+estimate = False                 # no measurement: the arithmetic of a step on an H100
+# -- system
+device = "auto"
+dtype = "auto"
+compile = False
+seed = 1
+worker = ""                      # set by bench.py itself, in the process that measures this path
+
+COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar", "scaling": "", "plot": ""}
+command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+settings = common.configure(globals(), sys.argv[1:])
+globals().update(settings)
+if command not in COMMANDS and not estimate:
+    common.fail(f"bench.py {command}: choose {', '.join(COMMANDS)} or --estimate; --help lists the settings")
+common.require_in(settings, "[1, inf)", "vocab_size", "block_size", "batch_size", "gradient_accumulation_steps",
+                  "n_layer", "n_head", "n_embd", "n_time", "sampling_steps", "turns", "steps")
+common.require_in(settings, "[0, 1)", "diagonal_share")
+chosen = paths.split(",") if paths else COMMANDS.get(command, "").split(",")
+for name in chosen if command in ("train", "distill", "sample") else ():
+    common.require_choice("paths", name, ("ours", "ar") if command == "sample" else ("ours", "dense", "floor", "whole"))
+tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+
+
+# ---------------------------------------------------------------- one path, in its own process
+
+def network(machine, **extra):
+    """A network with random weights everywhere: with the zeros it would start from, products are faster on a GPU."""
+    config = ModelConfig(vocab_size, block_size, n_layer, n_head, n_embd, n_time, dropout=0.0,
+                         attention_softcap=attention_softcap, logit_softcap=logit_softcap, **extra)
+    model = FlowTransformer(config).to(machine.device)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    return model
+
+
+def dense_noise(y, t):
+    """x_t = (1 - t) x0 + t x1 and x1 as arrays (B, L, V), from tokens y (B, L) and times t (B,)."""
+    x1 = F.one_hot(y, vocab_size).float()
+    x0 = torch.randn_like(x1)
+    t = t.float()[:, None, None]
+    return (1 - t) * x0 + t * x1, x1
+
+
+def embed(x, E):
+    """x E in float32, as the authors compute it: in bfloat16 the sum of V rounded terms would drown the signal."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ E
+
+
+def train_loss(path, net, clock, y, tau, leaf, normal):
+    E = net.embed.weight
+    if path == "ours":
+        return flow_loss(net, clock, y, tau, latent_noise(E, leaf, normal))[0]
+    if path == "dense":
+        x, x1 = dense_noise(y, clock.t_of_tau(tau))
+        log_p = net.head(net(embed(x, E), tau)).log_softmax(-1)                 # (B, L, V)
+        return -(x1 * log_p).sum(-1).mean()
+    hidden = net(F.embedding(y, E), torch.ones_like(tau))
+    if path == "floor":
+        return cross_entropy(net.head, hidden, y)[0] / y.numel()
+    return F.cross_entropy(net.head(hidden).flatten(0, 1), y.flatten())
+
+
+def distill_loss(path, student, teacher, clock, y, tau_s, tau_t, n, factor, normal):
+    if path == "ours":
+        z0 = latent_noise(student.embed.weight, factor, normal)
+        return distillation_loss(student, student, teacher, clock, "psd", y, tau_s, tau_t, z0, n)[0]
+    E, tau_u = student.embed.weight, (tau_s + tau_t) / 2
+    s, u, t = (clock.t_of_tau(tau)[:, None, None].float() for tau in (tau_s, tau_u, tau_t))
+    x, _ = dense_noise(y, s[:, 0, 0])
+    log_q = student.head(student(embed(x, E), tau_s, tau_t)).log_softmax(-1)    # (B, L, V)
+    with torch.no_grad():
+        diagonal = teacher.head(teacher(embed(x[:n], E), tau_s[:n])).softmax(-1)
+        first = student.head(student(embed(x[n:], E), tau_s[n:], tau_u[n:])).softmax(-1)
+        h = ((u - s) / (1 - s))[n:]
+        x_u = (1 - h) * x[n:] + h * first
+        second = student.head(student(embed(x_u, E), tau_u[n:], tau_t[n:])).softmax(-1)
+        g = semigroup_weight(s, u, t)[n:]
+        target = torch.cat([diagonal, g * first + (1 - g) * second])
+    return (torch.special.xlogy(target, target) - target * log_q).sum(-1).mean()
+
+
+def training_step(path, machine):
+    """A function that makes one optimizer step of the path."""
+    distilling = command == "distill" and path in ("ours", "dense")
+    model = network(machine, flow_map=distilling)
+    model.embed.weight.requires_grad_(not distilling)
+    ema = copy.deepcopy(model)
+    optimizers = training.make_optimizers(model, "adamw", 3e-4, (0.9, 0.999), 0.0)
+    clock = Clock(vocab_size, device=machine.device)
+    net = common.compiled(model, machine) if compile else model
+    E = model.embed.weight
+    if distilling:
+        teacher = network(machine).eval()
+        teacher = common.compiled(teacher, machine) if compile else teacher
+        fixed = noise_factor(E, n_embd)
+    count = itertools.count()
+
+    def step():
+        learns_factor = command == "train" and path == "ours"
+        factor = noise_factor(E, tokens_per_step) if learns_factor else None
+        leaf = None if factor is None else factor.detach().requires_grad_()
+        for _ in range(gradient_accumulation_steps):
+            random = common.generator(seed, next(count))
+            y = machine.put(torch.randint(vocab_size, (batch_size, block_size), generator=random))
+            tau, place = (machine.put(torch.rand(batch_size, generator=random)) for _ in range(2))
+            normal = common.sample_normals(next(count), range(batch_size), block_size, machine.device)
+            with machine.autocast():
+                if distilling:
+                    n = round(diagonal_share * batch_size)
+                    tau_s, tau_t = off_diagonal_times(tau, place, tau < 1 / 32)
+                    tau_t[:n] = tau_s[:n]
+                    loss = distill_loss(path, net, teacher, clock, y, tau_s, tau_t, n, fixed, normal)
+                else:
+                    loss = train_loss(path, net, clock, y, tau, leaf, normal)
+            (loss / gradient_accumulation_steps).backward()
+        if factor is not None:
+            factor.backward(leaf.grad)
+        training.optimizer_step(model, optimizers, machine, grad_clip=1.0)
+        training.update_ema(ema, model, 0.9999, step=10 ** 6)
+    return step
+
+
+def sampling_step(path, machine):
+    """A function that makes one batch of texts."""
+    if path == "ar":
+        model = network(machine).eval().to(getattr(torch, machine.dtype))       # all of it: no casts to wait for
+        first = torch.zeros(batch_size, dtype=torch.long, device=machine.device)
+        return lambda: ar.generate(model, first, block_size)
+    model = network(machine, flow_map=True).eval()
+    model = common.compiled(model, machine) if compile else model
+    clock, E = Clock(vocab_size, device=machine.device), model.embed.weight.detach()
+    factor, count = noise_factor(E, n_embd), itertools.count()
+
+    def step():
+        z0 = latent_noise(E, factor, common.sample_normals(next(count), range(batch_size), block_size, machine.device))
+        return sample_flow_map(model, clock, z0, sampling_steps)
+    return step
+
+
+def measure(path) -> None:
+    """The whole life of a worker: prints seconds of every step, peak bytes and the machine, as JSON."""
+    machine = common.Machine(device, dtype)
+    torch.manual_seed(seed)
+    with machine.autocast() if command == "sample" and path == "ours" else contextlib.nullcontext():
+        step = (sampling_step if command == "sample" else training_step)(path, machine)
+        for _ in range(4):  # memory settles, weights are cast, torch.compile compiles
+            step()
+        seconds = [clocked(step, machine) for _ in range(steps)]
+    if machine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:  # of the process, in KiB, on macOS in bytes
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    table = ""
+    if profile:
+        with torch.profiler.profile() as recorded:
+            clocked(step, machine)
+        table = recorded.key_averages().table(sort_by="self_cpu_time_total" if machine.device.type == "cpu" else
+                                              "self_cuda_time_total", row_limit=20, max_name_column_width=40)
+    print(json.dumps(dict(seconds=seconds, peak=peak, machine=machine.describe(), profile=table)))
+
+
+def clocked(step, machine) -> float:
+    """Seconds of one step, on CUDA by the device's own clock."""
+    if machine.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    result = step()
+    if machine.device.type == "mps":
+        torch.mps.synchronize()
+    del result
+    return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------- several paths, in turns
+
+def run_worker(name: str, path: str, **changes) -> dict:
+    """What `measure` prints, from a fresh process with these settings."""
+    words = [f"--{key}={value}" for key, value in {**settings, **changes, "worker": path}.items() if value != ""]
+    done = subprocess.run([sys.executable, __file__, name, *words], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        common.fail(f"bench.py {name}, path {path}, ended with status {done.returncode}; see above (-9: out of memory)")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare() -> None:
+    """Measure the chosen paths, print the table, add a line to the results."""
+    results = {path: [] for path in chosen}
+    for turn in range(turns):
+        for path in chosen if turn % 2 == 0 else reversed(chosen):
+            results[path].append(run_worker(command, path))
+    base = "floor" if "floor" in chosen else chosen[-1]
+    produced = batch_size * block_size if command == "sample" else tokens_per_step
+    rows = {}
+    for path, runs in results.items():
+        medians = [statistics.median(run["seconds"]) for run in runs]
+        seconds = statistics.median(second for run in runs for second in run["seconds"])
+        rows[path] = dict(seconds=seconds, tokens_per_second=produced / seconds, turns=medians,
+                          peak_gib=max(run["peak"] for run in runs) / 2 ** 30)
+    for row in rows.values():
+        ratios = [mine / other for mine, other in zip(row["turns"], rows[base]["turns"])]
+        row |= dict(time_ratio=row["seconds"] / rows[base]["seconds"], smallest=min(ratios), largest=max(ratios),
+                    memory_ratio=row["peak_gib"] / rows[base]["peak_gib"])
+    where = f"{results[base][0]['machine']}, torch {torch.__version__}, {date.today()}"
+    print(f"{command}: {n_layer} layers, width {n_embd}, V = {vocab_size:,}, L = {block_size}, "
+          f"{produced:,} tokens a step\n{where}; {turns} turns of {steps} steps\n")
+    print(f"{'path':8}{'s a step':>10}{'tokens/s':>10}{'peak GiB':>10}   time / {base:16} memory / {base}")
+    for path, row in rows.items():
+        print(f"{path:8}{row['seconds']:10.3f}{row['tokens_per_second']:10.0f}{row['peak_gib']:10.2f}   "
+              f"{row['time_ratio']:.2f} ({row['smallest']:.2f} to {row['largest']:.2f})       {row['memory_ratio']:.2f}")
+    if profile:
+        for path, runs in results.items():
+            print(f"\n{path}\n{runs[-1]['profile']}")
+    append(command, dict(settings=settings, where=where, paths=rows))
+
+
+def append(name: str, record: dict) -> None:
+    path = Path(out_dir) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(f"\nadded to {path}")
+
+
+if worker:
+    measure(worker)
+elif command in ("train", "distill", "sample"):
+    compare()
