@@ -218,7 +218,8 @@ class SumBySlices(torch.autograd.Function):
             if of_head is None:
                 of_head = more
             else:
-                torch._foreach_add_(of_head, more)
+                for whole, part in zip(of_head, more):
+                    whole += part
             del value, more                                                     # logits and (V, d), before the next
         values = torch.cat(values)                                              # (B L, k)
         ctx.mark_non_differentiable(values)

@@ -139,7 +139,7 @@ def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor
         with torch.no_grad():
             raw = function(*tensors)                                            # (n, V), sums to one
             cut = raw.clamp_max(0).sum(-1).neg()                                # (n,)
-            p = raw.clamp_min_(0)
+            p = raw.clamp_min(0)
             p /= p.sum(-1, keepdim=True)
             entropy = -torch.special.xlogy(p, p).sum(-1)
         return torch.stack([F.cross_entropy(logits, p, reduction="none") - entropy, cut], dim=-1)

@@ -156,7 +156,7 @@ def test_latent_noise_gives_the_mean_gradient_of_dense_noise_with_less_variance(
         for _ in range(n):
             factor = noise_factor(model.embed.weight, 64) if path == "latent" else None
             z0 = latent_noise(model.embed.weight, factor, lambda k: torch.randn(16, 4, k, dtype=torch.float64))
-            loss = flow_loss(model, clock, y, tau, z0).mean()
+            loss, _ = flow_loss(model, clock, y, tau, z0)
             draws.append(torch.autograd.grad(loss, model.embed.weight)[0])
         gradients[path] = torch.stack(draws)
     difference = gradients["latent"].mean(0) - gradients["dense"].mean(0)
@@ -192,11 +192,14 @@ def test_head_in_slices_gives_the_same_values_and_gradients(slice_size, monkeypa
     y, E = torch.randint(7, (2, 5)), torch.randn(7, 4, dtype=torch.float64)
     logits = head(hidden)
     expected = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
-    loss = cross_entropy(head, hidden, y)
-    assert torch.allclose(loss, expected)
-    for ours, plain in zip(torch.autograd.grad(loss.sum(), [hidden, head.weight], retain_graph=True),
-                           torch.autograd.grad(expected.sum(), [hidden, head.weight], retain_graph=True)):
+    total, losses = cross_entropy(head, hidden, y)
+    assert torch.allclose(losses, expected) and torch.allclose(total, expected.sum()) and not losses.requires_grad
+    parameters = [hidden, head.weight, head.bias]
+    for ours, plain in zip(torch.autograd.grad(3 * total, parameters),
+                           torch.autograd.grad(3 * expected.sum(), parameters, retain_graph=True)):
         assert torch.allclose(ours, plain)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(cross_entropy(head, hidden, y), (total, losses)))
     assert torch.allclose(expected_embedding(head, hidden, E), logits.softmax(-1) @ E)
     assert torch.equal(most_likely(head, hidden), logits.argmax(-1))
 
@@ -212,8 +215,8 @@ def test_no_tensor_of_vocabulary_width_for_all_tokens(monkeypatch):
         assert n < V
         return torch.randn(4, 16, n)
     z0 = latent_noise(model.embed.weight, noise_factor(model.embed.weight, 64), normal)
-    flow_loss(model, clock, torch.randint(V, (4, 16)), torch.rand(4), z0).mean().backward()
-    assert max(heights) == 3 and len(heights) == 2 * 22  # 64 tokens in threes, twice: recomputed in the backward
+    flow_loss(model, clock, torch.randint(V, (4, 16)), torch.rand(4), z0)[0].backward()
+    assert max(heights) == 3 and len(heights) == 22  # 64 tokens in threes, once: nothing is remade in the backward pass
 
 
 # ---------------------------------------------------------------- the flow, against the exact posterior
@@ -230,8 +233,9 @@ class Exact:
         self.log_p = probabilities.flatten().log()
         self.clock = clock
         self.embed = torch.nn.Embedding.from_pretrained(torch.eye(V, dtype=torch.float64))
-        self.head = torch.nn.Identity()
-        self.head.out_features = V
+        self.head = torch.nn.Linear(V, V).double()
+        torch.nn.init.eye_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
 
     def __call__(self, z, tau):
         t = self.clock.t_of_tau(tau)[:, None]                                   # (B, 1)
@@ -256,5 +260,5 @@ def test_cross_entropy_of_the_exact_posterior_is_the_smallest():
     clock = Clock(3)
     y = torch.multinomial(p, 40_000, replacement=True)[:, None]
     tau, z0 = torch.rand(40_000), torch.randn(40_000, 1, 3, dtype=torch.float64)
-    exact, wrong = (flow_loss(Exact(q, clock), clock, y, tau, z0).mean() for q in (p, torch.ones(3).double() / 3))
+    exact, wrong = (flow_loss(Exact(q, clock), clock, y, tau, z0)[0] for q in (p, torch.ones(3).double() / 3))
     assert exact < wrong - 0.02

@@ -53,19 +53,19 @@ def step(objective, dtype):
     z0 = latent_noise(E, noise_factor(E, d), lambda n: normals)
     with autocast(dtype):
         if objective == "flow":
-            loss = flow_loss(model, clock_of(V), y, tau_s, z0)
+            mean, loss = flow_loss(model, clock_of(V), y, tau_s, z0)
         else:
             tau_t[:2] = tau_s[:2]
-            loss, _ = distillation_loss(model, model, teacher, clock_of(V), objective, y, tau_s, tau_t, z0, 2)
-    loss.mean().backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+            mean, loss, _ = distillation_loss(model, model, teacher, clock_of(V), objective, y, tau_s, tau_t, z0, 2)
+    mean.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("objective", ["flow", "psd", "lsd", "esd"])
 def test_step_in_bfloat16_is_the_step_in_float64(objective, monkeypatch):
     """bfloat16 keeps 8 bits: each factor of a product is off by up to 2^-9 = 0.2 %, and a gradient comes out of some
     twenty products in a row, which makes 1 or 2 %. A term that is lost or weighed wrongly is off by all of it. The head
-    works in slices of ten tokens, recomputed in the backward pass."""
+    works in slices of ten tokens."""
     monkeypatch.setattr("flow.SLICE", 10 * 50257)
     loss, gradients = step(objective, torch.bfloat16)
     exact_loss, exact = step(objective, torch.float64)
@@ -132,7 +132,7 @@ def test_log_softmax_is_float32_under_autocast(softcap):
     head, hidden, _, product, _ = head_and_hidden(softcap)
     y = torch.randint(50257, (2, 8))
     with autocast(torch.bfloat16):
-        loss = cross_entropy(head, hidden, y)
+        _, loss = cross_entropy(head, hidden, y)
     exact, low = (F.cross_entropy(cap(product.to(dtype), softcap).transpose(1, 2), y, reduction="none")
                   for dtype in (torch.float64, torch.bfloat16))
     assert (loss - exact).abs().max() < 1e-5
@@ -148,7 +148,7 @@ def test_kl_is_float32_under_autocast(softcap):
         log_p, log_q = (cap(logits.to(dtype), softcap).log_softmax(-1) for logits in (near_product, product))
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     with autocast(torch.bfloat16):
-        kl, _ = kl_to_target(head, hidden, (lambda near: head(near).softmax(-1), (near,)))
+        _, kl, _ = kl_to_target(head, hidden, (lambda near: head(near).softmax(-1), (near,)))
     exact = divergence(torch.float64)
     assert (kl - exact).abs().max() < 1e-5
     assert (divergence(torch.bfloat16) - exact).abs().max() > 1e-3
@@ -160,9 +160,9 @@ ENDS = torch.tensor([0, 1e-7, 1 - 1e-7, 1])
 PAIRS = torch.combinations(ENDS, 2, with_replacement=True)  # (10, 2), start and end
 
 
-def assert_finite(loss, model):
+def assert_finite(mean, loss, model):
     assert loss.isfinite().all()
-    loss.mean().backward()
+    mean.backward()
     for name, p in model.named_parameters():
         assert p.grad.isfinite().all(), name
 
@@ -179,8 +179,8 @@ def small(V, **changes):
 def test_flow_loss_at_the_ends_of_time(V, dtype):
     model, noise = small(V)
     with autocast(dtype):
-        loss = flow_loss(model, clock_of(V), torch.randint(V, (4, 2)), ENDS, noise(4))
-    assert_finite(loss, model)
+        mean, loss = flow_loss(model, clock_of(V), torch.randint(V, (4, 2)), ENDS, noise(4))
+    assert_finite(mean, loss, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,10 +191,10 @@ def test_distillation_loss_at_the_ends_of_time(V, objective, dtype):
     (model, noise), (teacher, _) = small(V, flow_map=True), small(V)
     tau_s, tau_t = torch.cat([ENDS[:, None].expand(4, 2), PAIRS]).unbind(1)
     with autocast(dtype):
-        loss, cut = distillation_loss(model, model, teacher, clock_of(V), objective, torch.randint(V, (14, 2)), tau_s,
-                                      tau_t, noise(14), 4)
+        mean, loss, cut = distillation_loss(model, model, teacher, clock_of(V), objective, torch.randint(V, (14, 2)),
+                                            tau_s, tau_t, noise(14), 4)
     assert cut.isfinite().all() and loss.min() > -1e-5
-    assert_finite(loss, model)
+    assert_finite(mean, loss, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -56,7 +56,8 @@ def test_gradient_is_that_of_the_concatenated_batch(toy, n_embd, tmp_path):
                  take_a_step(tmp_path / "one drops", "train.py", *dropout))
 
     read = [[int(line) for line in (tmp_path / "two" / f"rows{rank}").read_text().split()] for rank in range(2)]
-    assert sorted(read[0] + read[1]) == list(range(16)) and len(read[0]) == len(read[1])  # sharded without overlap
+    assert sorted(read[0][:8] + read[1][:8]) == list(range(16))                          # sharded without overlap
+    assert sorted(read[0][8:] + read[1][8:]) == list(range(16, 32))                      # the next batch, read ahead
     assert (tmp_path / "two" / "out0" / "flm.pt").exists()
     assert not (tmp_path / "two" / "out1").exists()                                      # only process 0 writes
 

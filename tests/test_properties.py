@@ -20,7 +20,8 @@ import flow
 from common import generator, mix, sample_normals
 from data import corpus, tokenizer
 from data.loader import Data
-from flow import Clock, by_tokens, corrupt, cross_entropy, interpolate, move, step_size, stratified
+from flow import (Clock, by_tokens, corrupt, cross_entropy, interpolate, move, step_size, stratified,
+                  sum_by_tokens)
 from flowmap import kl_to_target, off_diagonal_times, sample_flow_map, semigroup_weight
 from training import learning_rate_at, update_ema
 
@@ -57,10 +58,14 @@ class Head:
     """logits = hidden W^T."""
 
     def __init__(self, W):
-        self.W, self.out_features = W, len(W)
+        self.W = self.weight = W
+        self.bias, self.out_features = torch.zeros(len(W)).to(W), len(W)
 
     def __call__(self, hidden):
         return hidden @ self.W.T
+
+    def parameters(self):
+        return [self.W] if self.W.requires_grad else []
 
 
 @contextmanager
@@ -149,21 +154,21 @@ shapes = dict(B=st.integers(1, 4), L=st.integers(1, 5), V=st.integers(1, 9), n=s
 
 @given(**shapes)
 def test_slices_change_nothing(B, L, V, n, seed):
-    """by_tokens against one call for all tokens: values, and gradients through the slices and into the weights."""
+    """by_tokens and sum_by_tokens against one call for all tokens: values, and gradients for hidden and the weights."""
     head = Head(normals(seed, V, 3).requires_grad_())
-    inputs = [normals(seed + 1, B, L, 3).requires_grad_(), normals(seed + 2, B, L, 2).requires_grad_()]
+    hidden, other = normals(seed + 1, B, L, 3).requires_grad_(), normals(seed + 2, B, L, 2)
 
-    def function(hidden, other):
-        return head(hidden).logsumexp(-1, keepdim=True) * other.sin()           # (.., 2)
-    whole = function(*inputs)
+    def function(logits, other):
+        return logits.logsumexp(-1, keepdim=True) * other.sin()                 # (.., 2)
+    whole = function(head(hidden), other)
     with slices_of(n):
-        sliced = by_tokens(function, head, *inputs)
+        assert close(by_tokens(lambda hidden, other: function(head(hidden), other), head, hidden, other), whole)
+        total, values = sum_by_tokens(function, head, hidden, other)
         with torch.no_grad():
-            assert close(by_tokens(function, head, *inputs), whole)
-    assert close(sliced, whole)
-    weight = normals(seed + 3, B, L, 2)
-    for found, expected in zip(torch.autograd.grad((sliced * weight).sum(), [head.W, *inputs]),
-                               torch.autograd.grad((whole * weight).sum(), [head.W, *inputs])):
+            assert all(map(close, sum_by_tokens(function, head, hidden, other), (total, values)))
+    assert close(total, whole[..., 0].sum()) and close(values, whole)
+    for found, expected in zip(torch.autograd.grad(total * seed, [head.W, hidden]),
+                               torch.autograd.grad(whole[..., 0].sum() * seed, [head.W, hidden])):
         assert close(found, expected)
 
 
@@ -175,9 +180,9 @@ def test_cross_entropy_is_minus_the_log_of_the_softmax(B, L, V, n, seed, scale):
     softmax = exp / exp.sum(-1, keepdims=True)
     one_hot = np.eye(V)[y]
     with slices_of(n):
-        loss = cross_entropy(Head(torch.eye(V).double()), logits.requires_grad_(), y)
+        total, loss = cross_entropy(Head(torch.eye(V).double()), logits.requires_grad_(), y)
     assert close(loss, -np.log((softmax * one_hot).sum(-1)))
-    assert close(torch.autograd.grad(loss.sum(), logits)[0], softmax - one_hot)
+    assert close(torch.autograd.grad(total, logits)[0], softmax - one_hot)
 
 
 # ---------------------------------------------------------------- flow map: the semigroup
@@ -227,11 +232,11 @@ def test_divergence_from_a_target(B, L, V, n, seed, scale, outside, shift):
     exp, p = np.exp(logits.numpy()), np.maximum(raw.numpy(), 0)
     q, p = exp / exp.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
     with slices_of(n):
-        loss, cut = kl_to_target(head, logits.requires_grad_(), (lambda raw: raw, (raw,)))
-        shifted, _ = kl_to_target(head, logits + shift, (lambda raw: raw, (raw,)))
-        own, _ = kl_to_target(head, logits, (lambda own: own.softmax(-1), (logits.detach(),)))
+        total, loss, cut = kl_to_target(head, logits.requires_grad_(), (lambda raw: raw, (raw,)))
+        _, shifted, _ = kl_to_target(head, logits + shift, (lambda raw: raw, (raw,)))
+        _, own, _ = kl_to_target(head, logits, (lambda own: own.softmax(-1), (logits.detach(),)))
     assert (loss >= -1e-12).all() and close(loss, (p * np.log(np.where(p > 0, p, 1) / q)).sum(-1))
-    assert close(torch.autograd.grad(loss.sum(), logits)[0], q - p)
+    assert close(torch.autograd.grad(total, logits)[0], q - p)
     assert close(shifted, loss) and close(own, torch.zeros(B, L).double())
     assert close(cut, -np.where(raw < 0, raw, 0).sum(-1)) and (cut >= 0).all()
 
