@@ -26,6 +26,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -39,9 +40,9 @@ import torch.nn.functional as F
 import common
 import storage
 import training
-from baselines import ar
-from flow import Clock, cross_entropy, flow_loss, latent_noise, noise_factor
-from flowmap import distillation_loss, off_diagonal_times, sample_flow_map, semigroup_weight
+from baselines import ar, dense
+from flow import SLICE, Clock, cross_entropy, flow_loss, latent_noise, noise_factor
+from flowmap import distillation_loss, off_diagonal_times, sample_flow_map
 from model import FlowTransformer, ModelConfig
 
 # -- the network and the batch
@@ -60,7 +61,7 @@ sampling_steps = 1               # sample: network evaluations a text
 # -- the measurement
 paths = ""                       # comma-separated; "" = ours,dense,floor, or ours,ar for sample
 turns = 3                        # processes of each path
-steps = 5                        # timed steps of a process, after four that are not
+steps = 5                        # timed steps of a process, after some that are not
 out_dir = "out/bench"
 profile = False                  # also print where the time of a step of each path goes
 estimate = False                 # no measurement: the arithmetic of a step on an H100
@@ -98,51 +99,24 @@ def network(machine, **extra):
     return model
 
 
-def dense_noise(y, t):
-    """x_t = (1 - t) x0 + t x1 and x1 as arrays (B, L, V), from tokens y (B, L) and times t (B,)."""
-    x1 = F.one_hot(y, vocab_size).float()
-    x0 = torch.randn_like(x1)
-    t = t.float()[:, None, None]
-    return (1 - t) * x0 + t * x1, x1
-
-
-def embed(x, E):
-    """x E in float32, as the authors compute it: in bfloat16 the sum of V rounded terms would drown the signal."""
-    with torch.autocast(x.device.type, enabled=False):
-        return x @ E
-
-
 def train_loss(path, net, clock, y, tau, leaf, normal):
     E = net.embed.weight
     if path == "ours":
         return flow_loss(net, clock, y, tau, latent_noise(E, leaf, normal))[0]
     if path == "dense":
-        x, x1 = dense_noise(y, clock.t_of_tau(tau))
-        log_p = net.head(net(embed(x, E), tau)).log_softmax(-1)                 # (B, L, V)
-        return -(x1 * log_p).sum(-1).mean()
+        return dense.flow_loss(net, clock, y, tau, torch.randn(*y.shape, vocab_size, device=y.device))
     hidden = net(F.embedding(y, E), torch.ones_like(tau))
     if path == "floor":
         return cross_entropy(net.head, hidden, y)[0] / y.numel()
     return F.cross_entropy(net.head(hidden).flatten(0, 1), y.flatten())
 
 
-def distill_loss(path, student, teacher, clock, y, tau_s, tau_t, n, factor, normal):
+def distill_loss(path, net, teacher, clock, y, tau_s, tau_t, n, factor, normal):
     if path == "ours":
-        z0 = latent_noise(student.embed.weight, factor, normal)
-        return distillation_loss(student, student, teacher, clock, "psd", y, tau_s, tau_t, z0, n)[0]
-    E, tau_u = student.embed.weight, (tau_s + tau_t) / 2
-    s, u, t = (clock.t_of_tau(tau)[:, None, None].float() for tau in (tau_s, tau_u, tau_t))
-    x, _ = dense_noise(y, s[:, 0, 0])
-    log_q = student.head(student(embed(x, E), tau_s, tau_t)).log_softmax(-1)    # (B, L, V)
-    with torch.no_grad():
-        diagonal = teacher.head(teacher(embed(x[:n], E), tau_s[:n])).softmax(-1)
-        first = student.head(student(embed(x[n:], E), tau_s[n:], tau_u[n:])).softmax(-1)
-        h = ((u - s) / (1 - s))[n:]
-        x_u = (1 - h) * x[n:] + h * first
-        second = student.head(student(embed(x_u, E), tau_u[n:], tau_t[n:])).softmax(-1)
-        g = semigroup_weight(s, u, t)[n:]
-        target = torch.cat([diagonal, g * first + (1 - g) * second])
-    return (torch.special.xlogy(target, target) - target * log_q).sum(-1).mean()
+        z0 = latent_noise(net.embed.weight, factor, normal)
+        return distillation_loss(net, net, teacher, clock, "psd", y, tau_s, tau_t, z0, n)[0]
+    x0 = torch.randn(*y.shape, vocab_size, device=y.device)
+    return dense.semigroup_loss(net, teacher, clock, y, tau_s, tau_t, x0, n)
 
 
 def training_step(path, machine):
@@ -209,7 +183,7 @@ def measure(path) -> None:
     torch.manual_seed(seed)
     with machine.autocast() if command == "sample" and path == "ours" else contextlib.nullcontext():
         step = (sampling_step if command == "sample" else training_step)(path, machine)
-        for _ in range(4):  # memory settles, weights are cast, torch.compile compiles
+        for _ in range(1 if command == "sample" else 4):  # memory settles, weights are cast, torch.compile compiles
             step()
         seconds = [clocked(step, machine) for _ in range(steps)]
     if machine.device.type == "cuda":
@@ -260,7 +234,7 @@ def compare() -> None:
     for turn in range(turns):
         for path in chosen if turn % 2 == 0 else reversed(chosen):
             results[path].append(run_worker(command, path))
-    base = "floor" if "floor" in chosen else chosen[-1]
+    base = "floor" if "floor" in chosen else chosen[0]
     produced = batch_size * block_size if command == "sample" else tokens_per_step
     rows = {}
     for path, runs in results.items():
@@ -293,7 +267,98 @@ def append(name: str, record: dict) -> None:
     print(f"\nadded to {path}")
 
 
+# ---------------------------------------------------------------- scaling
+
+def scale() -> None:
+    """Time and memory of a training step against V at 2,048 tokens and against B L, and of sampling against its steps."""
+    points = [("V", V, "train", path, dict(vocab_size=V, batch_size=max(1, 2048 // block_size)))
+              for V in (1024, 4096, 16384, 50257, 131072) for path in ("ours", "dense", "floor")]
+    points += [("B L", B * block_size, "train", path, dict(batch_size=B))
+               for B in (8, 16, 32, 64) for path in ("ours", "dense", "floor")]
+    points += [("steps", n, "sample", "ours", dict(batch_size=8, sampling_steps=n)) for n in (1, 2, 4, 8, 16, 32, 64)]
+    for axis, value, name, path, changes in points:
+        run = run_worker(name, path, **changes)
+        seconds, peak = statistics.median(run["seconds"]), run["peak"] / 2 ** 30
+        print(f"{axis} = {value:<8} {path:6} {seconds:8.3f} s {peak:7.2f} GiB", flush=True)
+        append("scaling", dict(axis=axis, value=value, path=path, seconds=seconds, peak_gib=peak, settings=settings,
+                               where=f"{run['machine']}, torch {torch.__version__}, {date.today()}"))
+
+
+def plot() -> None:
+    """The latest point of every kind in scaling.jsonl as a figure."""
+    source = Path(out_dir) / "scaling.jsonl"
+    if not source.exists():
+        common.fail(f"no {source}; run: python bench.py scaling")
+    try:
+        import matplotlib
+    except ImportError:
+        common.fail("the figure needs matplotlib; run: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    points = {(r["axis"], r["path"], r["value"]): r for r in records}
+    used, where = records[-1]["settings"], records[-1]["where"]
+    figure, panels = plt.subplots(2, 3, figsize=(12, 6.5), sharex="col")
+    for column, (axis, title) in enumerate([("V", "training step of 2,048 tokens, against V"),
+                                            ("B L", f"training step at V = {used['vocab_size']:,}, against B L"),
+                                            ("steps", "eight texts, against sampling steps")]):
+        for panel, key, unit in zip(panels[:, column], ("seconds", "peak_gib"), ("seconds", "peak memory, GiB")):
+            for path in ("ours", "dense", "floor"):
+                xs = sorted(value for a, p, value in points if (a, p) == (axis, path))
+                if xs:
+                    panel.plot(xs, [points[axis, path, x][key] for x in xs], "o-", label=path)
+            panel.set(xscale="log", yscale="log", ylabel=unit)
+            panel.grid(alpha=0.3, which="both")
+            panel.legend()
+        panels[0, column].set_title(title, fontsize=10)
+        panels[1, column].set_xlabel(axis)
+    figure.suptitle(f"{used['n_layer']} layers, width {used['n_embd']}, L = {used['block_size']}; {where}", fontsize=9)
+    figure.tight_layout()
+    storage.replace_file(Path(out_dir) / "scaling.png", lambda file: figure.savefig(file, dpi=120, format="png"))
+    print(f"wrote {Path(out_dir) / 'scaling.png'}")
+
+
+# ---------------------------------------------------------------- on paper
+
+def on_paper() -> None:
+    """Operations and bytes of a training step on an H100 (SXM: 989 TFLOP/s in bfloat16, 67 in float32, 3.35 TB/s), from
+    the shapes alone. Eager PyTorch: every operation reads its inputs from memory and writes its output there. A part
+    takes at least its operations or its bytes, whichever is longer; no kernel reaches either peak."""
+    B, L, d, V, N = batch_size, block_size, n_embd, vocab_size, batch_size * block_size
+    weights = n_layer * 12 * d * d + 2 * V * d
+    slices = math.ceil(N * V / (4 * SLICE))
+    parts = {  # name: bfloat16 operations, float32 operations, bytes, all of a step
+        "blocks": (3 * N * n_layer * (24 * d * d + 4 * L * d), 0, N * n_layer * 19 * d * 2 * 5),
+        # 19 d numbers a layer and token, in 2 bytes: written and read, then read again, and their gradients twice
+        "head": (3 * 2 * N * V * d, 0, N * V * (4 + 4 + 12 + 4 + 12 + 6 + 4)),
+        # bfloat16 logits out and in, float32; log-softmax reads twice and writes; zeros for the one-hot gradient; its
+        # backward; back to bfloat16; into two products
+        "weights": (0, 0, weights * 58),  # bfloat16 copies 6, norm and scale of gradients 12, Adam 28, moving average 12
+        "noise": (0, 2 * 2 * N * d * d + 2 * 2 * V * d * d, N * d * 4 * 8 + V * d * 4 * 4),
+        # xi C^T and the gradient for C; E^T E and the gradient for E
+        "slices": (0, 0, (slices - 1) * V * d * 20),  # the head's gradient: written, cast, added, for every slice
+        "one-hot": (0, 2 * 2 * N * V * d, N * V * (4 + 20 + 8 + 8 + 12 + 4 + 4)),
+        # noise; one-hot integers, then floats; the two terms of the mixture and their sum; x E and the gradient for E
+        "log p": (0, 0, N * V * (12 + 4 + 8 - 4)),  # times one-hot, summed, and back; instead of zeros
+    }
+    paths = dict(ours=("blocks", "head", "slices", "noise", "weights"),
+                 dense=("blocks", "head", "log p", "one-hot", "weights"), floor=("blocks", "head", "slices", "weights"))
+    print(f"ESTIMATE, not a measurement: an H100, {n_layer} layers, width {d}, V = {V:,}, B = {B}, L = {L}\n")
+    print(f"{'':10}{'MFLOP a token':>15}{'in float32':>12}{'kB a token':>12}{'ms a step, at least':>21}")
+    least = {name: max(low / 989e12 + full / 67e12, moved / 3.35e12) for name, (low, full, moved) in parts.items()}
+    for path, names in {**paths, **{f". {name}": (name,) for name in parts}}.items():
+        low, full, moved = (sum(parts[name][i] for name in names) for i in range(3))
+        print(f"{path:10}{(low + full) / N / 1e6:15.1f}{full / N / 1e6:12.2f}{moved / N / 1e3:12.0f}"
+              f"{sum(least[name] for name in names) * 1e3:21.1f}")
+
+
 if worker:
     measure(worker)
-elif command in ("train", "distill", "sample"):
+elif estimate:
+    on_paper()
+elif command == "scaling":
+    scale()
+elif command == "plot":
+    plot()
+else:
     compare()

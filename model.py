@@ -123,9 +123,9 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, tau: Tensor) -> Tensor:
         frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=tau.device) / 128)
-        phases = self.time_scale * tau.to(self.fc1.weight.dtype)[:, None] * frequencies  # (B, 128)
-        features = torch.cat((phases.cos(), phases.sin()), dim=-1)                       # (B, 256)
-        return self.fc2(F.silu(self.fc1(features)))
+        phases = self.time_scale * tau[:, None] * frequencies                   # (B, 128), not in half precision
+        features = torch.cat((phases.cos(), phases.sin()), dim=-1)              # (B, 256)
+        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
 
 
 class Norm(nn.Module):
