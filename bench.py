@@ -69,6 +69,7 @@ estimate = False                 # no measurement: the arithmetic of a step on a
 device = "auto"
 dtype = "auto"
 compile = False
+retain = True                    # on a CPU, keep freed memory, as train.py does: faster; without it peaks are of live memory
 seed = 1
 worker = ""                      # set by bench.py itself, in the process that measures this path
 
@@ -179,7 +180,7 @@ def sampling_step(path, machine):
 
 def measure(path) -> None:
     """The whole life of a worker: prints seconds of every step, peak bytes and the machine, as JSON."""
-    machine = common.Machine(device, dtype)
+    machine = common.Machine(device, dtype, retain)
     torch.manual_seed(seed)
     with machine.autocast() if command == "sample" and path == "ours" else contextlib.nullcontext():
         step = (sampling_step if command == "sample" else training_step)(path, machine)

@@ -149,9 +149,10 @@ class Machine:
     device: "auto" (cuda, else mps, else cpu) or a torch device name; under torchrun each process takes its own GPU.
     dtype: "auto", "bfloat16", "float16" or "float32", the type of matrix products under autocast; weights, times and
     losses stay float32. "auto" takes bfloat16 where the hardware multiplies it, on CPUs too, float16 on older GPUs.
+    retain: whether to `keep_memory`.
     """
 
-    def __init__(self, device: str, dtype: str):
+    def __init__(self, device: str, dtype: str, retain: bool = True):
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
             fail(f"RANK={rank} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or unset both")
@@ -177,7 +178,7 @@ class Machine:
                                         timeout=timedelta(minutes=10))
             except (RuntimeError, ValueError) as error:
                 fail(f"process {self.rank} did not find the others ({error}); start all of them with torchrun")
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and retain:
             keep_memory()
         require_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
         self.dtype = fast_dtype(self.device.type) if dtype == "auto" else dtype

@@ -247,10 +247,32 @@ class SumBySlices(torch.autograd.Function):
         return None, None, of_hidden, None, *of_head
 
 
+class SoftmaxCrossEntropy(torch.autograd.Function):
+    """-sum_v p_v log softmax(logits)_v, (n, 1), from logits (n, V) and p: (n, V), each summing to one, or (n, 1) tokens.
+    The gradient softmax(logits) - p is made in place, where autograd would fill an array with zeros for it and read it
+    twice. It is a tenth of the head's time."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, p: Tensor) -> Tensor:
+        log_q = logits.log_softmax(-1)
+        ctx.save_for_backward(log_q, p)
+        return -(log_q * p).sum(-1, keepdim=True) if p.is_floating_point() else -log_q.gather(-1, p)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        log_q, p = ctx.saved_tensors
+        q = log_q.exp_()
+        if p.is_floating_point():
+            q -= p
+        else:
+            q.scatter_add_(-1, p, q.new_full(p.shape, -1))
+        return q.mul_(gradient), None
+
+
 def cross_entropy(head: nn.Module, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """-log D[y] in nats from hidden (B, L, d) and tokens y (B, L): the sum, to differentiate, and each (B, L)."""
-    total, losses = sum_by_tokens(lambda logits, y: F.cross_entropy(logits, y, reduction="none")[:, None], head, hidden,
-                                  y)
+    total, losses = sum_by_tokens(SoftmaxCrossEntropy.apply, head, hidden, y[..., None])
     return total, losses[..., 0]
 
 

@@ -52,4 +52,4 @@ def semigroup_loss(student: Callable, teacher: Callable, clock: Clock, y: Tensor
         second = student.head(student(embed(x_u, E), tau_u[n:], tau_t[n:])).softmax(-1)
         g = semigroup_weight(s, u, t)[n:]
         p = torch.cat([diagonal, g * first + (1 - g) * second])
-    return (torch.special.xlogy(p, p) - p * log_q).sum(-1).mean()
+    return -(torch.special.entr(p) + p * log_q).sum(-1).mean()
