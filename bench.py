@@ -4,6 +4,7 @@
     python bench.py train --n_layer=4 --n_head=4 --n_embd=256      # where the vocabulary dominates
     python bench.py distill                                        # of a distillation step
     python bench.py sample --batch_size=1                          # one-step text against a decoder with a KV cache
+    python bench.py head                                           # of the loss and its gradient alone, in four ways
     python bench.py scaling                                        # against V, against B L, against steps: an hour
     python bench.py plot                                           # the scaling as a figure, out_dir/scaling.png
     python bench.py --estimate                                     # on paper: what an H100 would need
@@ -15,6 +16,7 @@ The paths:
     floor    the same transformer as a plain classifier of clean tokens: what any language model of this size must pay
     whole    the floor with all logits at once, (B, L, V), as most language models are trained
     ar       sampling only: the same transformer decoding one token after the other with a cache of keys and values
+    checkpointed, builtin    the head only: other ways to hold no (B, L, V), see baselines/heads.py
 
 Every path runs in fresh processes of its own, for its peak memory; they take turns, in an order that is reversed every
 time, so that a drift of the machine hits all alike. A path's time is the median over all its steps, a ratio is that of
@@ -40,7 +42,7 @@ import torch.nn.functional as F
 import common
 import storage
 import training
-from baselines import ar, dense
+from baselines import ar, dense, heads
 from flow import SLICE, Clock, cross_entropy, flow_loss, latent_noise, noise_factor
 from flowmap import distillation_loss, off_diagonal_times, sample_flow_map
 from model import FlowTransformer, ModelConfig
@@ -59,9 +61,9 @@ logit_softcap = 0.0
 diagonal_share = 0.5             # distill: of the batch
 sampling_steps = 1               # sample: network evaluations a text
 # -- the measurement
-paths = ""                       # comma-separated; "" = ours,dense,floor, or ours,ar for sample
+paths = ""                       # comma-separated, the last one compared with; "" = those of COMMANDS
 turns = 3                        # processes of each path
-steps = 5                        # timed steps of a process, after some that are not
+steps = 5                        # timed steps of a process, after two that are not
 out_dir = "out/bench"
 profile = False                  # also print where the time of a step of each path goes
 estimate = False                 # no measurement: the arithmetic of a step on an H100
@@ -73,7 +75,8 @@ retain = True                    # on a CPU, keep freed memory, as train.py does
 seed = 1
 worker = ""                      # set by bench.py itself, in the process that measures this path
 
-COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar", "scaling": "", "plot": ""}
+COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar",
+            "head": "ours,checkpointed,builtin,whole", "scaling": "", "plot": ""}  # and the paths of each
 command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
@@ -83,8 +86,9 @@ common.require_in(settings, "[1, inf)", "vocab_size", "block_size", "batch_size"
                   "n_layer", "n_head", "n_embd", "n_time", "sampling_steps", "turns", "steps")
 common.require_in(settings, "[0, 1)", "diagonal_share")
 chosen = paths.split(",") if paths else COMMANDS.get(command, "").split(",")
-for name in chosen if command in ("train", "distill", "sample") else ():
-    common.require_choice("paths", name, ("ours", "ar") if command == "sample" else ("ours", "dense", "floor", "whole"))
+known = COMMANDS.get(command, "").split(",") + (["whole"] if command in ("train", "distill") else [])
+for name in chosen:
+    common.require_choice("paths", name, known)
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
 
@@ -178,13 +182,29 @@ def sampling_step(path, machine):
     return step
 
 
+def head_step(path, machine):
+    """A function that differentiates the loss of a head once: in `dtype` products, as the trainers do."""
+    head = network(machine).head
+    hidden = torch.randn(batch_size, block_size, n_embd, device=machine.device, requires_grad=True)
+    y = torch.randint(vocab_size, (batch_size, block_size), device=machine.device)
+
+    def step():
+        with machine.autocast():
+            loss = cross_entropy(head, hidden, y)[0] / y.numel() if path == "ours" else getattr(heads, path)(head, hidden, y)
+        return torch.autograd.grad(loss, [hidden, *head.parameters()])
+    return step
+
+
+STEPS = {"train": training_step, "distill": training_step, "sample": sampling_step, "head": head_step}
+
+
 def measure(path) -> None:
     """The whole life of a worker: prints seconds of every step, peak bytes and the machine, as JSON."""
     machine = common.Machine(device, dtype, retain)
     torch.manual_seed(seed)
     with machine.autocast() if command == "sample" and path == "ours" else contextlib.nullcontext():
-        step = (sampling_step if command == "sample" else training_step)(path, machine)
-        for _ in range(1 if command == "sample" else 4):  # memory settles, weights are cast, torch.compile compiles
+        step = STEPS[command](path, machine)
+        for _ in range(2):  # memory settles, weights are cast, torch.compile compiles
             step()
         seconds = [clocked(step, machine) for _ in range(steps)]
     if machine.device.type == "cuda":
@@ -235,7 +255,7 @@ def compare() -> None:
     for turn in range(turns):
         for path in chosen if turn % 2 == 0 else reversed(chosen):
             results[path].append(run_worker(command, path))
-    base = "floor" if "floor" in chosen else chosen[0]
+    base = chosen[-1]
     produced = batch_size * block_size if command == "sample" else tokens_per_step
     rows = {}
     for path, runs in results.items():

@@ -20,7 +20,7 @@ import common
 import flow
 import model as model_file
 import training
-from baselines import ar, dense
+from baselines import ar, dense, heads
 from flow import Clock, cross_entropy, flow_loss, latent_noise, most_likely, noise_factor
 from flowmap import OBJECTIVES, distillation_loss
 from model import FlowTransformer, ModelConfig
@@ -219,6 +219,20 @@ def test_dense_losses_are_ours():
             assert torch.allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["whole", "checkpointed", "builtin"])
+def test_other_heads_are_ours(name, monkeypatch):
+    """Loss and gradients, over slices of three tokens."""
+    monkeypatch.setattr(flow, "SLICE", 3 * 700)
+    net, hidden, y = network(V=700).double(), torch.randn(4, 8, 16).double(), torch.randint(700, (4, 8))
+    hidden.requires_grad_()
+    inputs = [hidden, *net.head.parameters()]
+    total, _ = cross_entropy(net.head, hidden, y)
+    other = getattr(heads, name)(net.head, hidden, y)
+    assert torch.allclose(total / 32, other.double(), rtol=1e-6)  # the builtin one ends in float32
+    for a, b in zip(torch.autograd.grad(total / 32, inputs), torch.autograd.grad(other, inputs)):
+        assert torch.allclose(a, b, atol=1e-8)
+
+
 @pytest.mark.parametrize("learned_positions", [False, True])
 def test_decoder_with_a_cache_is_the_network_under_a_causal_mask(learned_positions, monkeypatch):
     net, tokens = network(learned_positions=learned_positions).requires_grad_(False), torch.randint(40, (3, 8))
@@ -249,12 +263,12 @@ SMALL = ["--vocab_size=50", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_tim
 
 
 @pytest.mark.parametrize("command, paths", [("train", "ours,dense,floor,whole"), ("distill", "ours,dense,floor"),
-                                            ("sample", "ours,ar")])
+                                            ("sample", "ours,ar"), ("head", "ours,checkpointed,builtin,whole")])
 def test_bench_measures(command, paths, tmp_path):
     out = run("bench.py", command, *SMALL, f"--paths={paths}", f"--out_dir={tmp_path}")
     record, = (json.loads(line) for line in (tmp_path / f"{command}.jsonl").read_text().splitlines())
     assert list(record["paths"]) == paths.split(",")
-    base = record["paths"]["floor" if "floor" in paths else "ours"]
+    base = record["paths"][paths.split(",")[-1]]
     for path, row in record["paths"].items():
         assert any(line.startswith(path) for line in out.splitlines())
         assert row["seconds"] > 0 and row["peak_gib"] > 0.1
@@ -282,10 +296,11 @@ def test_bench_estimate():
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["race"], "bench.py race: choose train, distill, sample, scaling, plot or --estimate"),
-    ([], "choose train, distill, sample, scaling, plot or --estimate"),
+    (["race"], "bench.py race: choose train, distill, sample, head, scaling, plot or --estimate"),
+    ([], "choose train, distill, sample, head, scaling, plot or --estimate"),
     (["train", "--paths=ours,ar"], "paths=ar: choose ours, dense, floor, whole"),
     (["sample", "--paths=dense"], "paths=dense: choose ours, ar"),
+    (["head", "--paths=floor"], "paths=floor: choose ours, checkpointed, builtin, whole"),
     (["train", "--n_embed=64"], "did you mean 'n_embd'?"),
     (["train", "--turns=0"], "turns=0: must lie in [1, inf)"),
     (["plot", "--out_dir=/nowhere"], "no /nowhere/scaling.jsonl; run: python bench.py scaling"),

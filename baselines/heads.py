@@ -1,0 +1,36 @@
+"""Other ways to differentiate the cross-entropy of a head, to measure flow.cross_entropy against (bench.py head).
+
+All take a head, hidden (B, L, d) and tokens y (B, L), and return the mean cross-entropy in nats a token. What they hold
+for V = 50,257 and what they compute differs:
+
+    whole         all logits at once, three products with the vocabulary (forward and two backward);
+    checkpointed  the logits of a slice of tokens, made again in the backward pass: four products;
+    builtin       PyTorch's own F.linear_cross_entropy in chunks: no cap on the logits, no moving target without gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flow import slices
+
+
+def whole(head: nn.Module, hidden: Tensor, y: Tensor) -> Tensor:
+    """The textbook: logits (B L, V)."""
+    return F.cross_entropy(head(hidden.flatten(0, 1)), y.flatten())
+
+
+def checkpointed(head: nn.Module, hidden: Tensor, y: Tensor) -> Tensor:
+    """Slices as tall as ours, each remade where its gradient is needed."""
+    def loss(hidden, y):
+        return F.cross_entropy(head(hidden), y, reduction="sum")
+    parts = slices(head, hidden.flatten(0, 1), y.flatten())
+    return sum(checkpoint(loss, *part, use_reentrant=False) for part in parts) / y.numel()
+
+
+def builtin(head: nn.Module, hidden: Tensor, y: Tensor) -> Tensor:
+    """In the default chunks. Not for a head with a cap. Takes the type of products from its arguments, not from autocast."""
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    return F.linear_cross_entropy(hidden.flatten(0, 1).to(dtype), head.weight.to(dtype), y.flatten(),
+                                  linear_bias=head.bias.to(dtype), options=torch.nn.LinearCrossEntropyOptions()).float()
