@@ -169,8 +169,7 @@ def sampling_step(path, machine):
     """A function that makes one batch of texts."""
     if path == "ar":
         model = network(machine).eval().to(getattr(torch, machine.dtype))       # all of it: no casts to wait for
-        first = torch.zeros(batch_size, dtype=torch.long, device=machine.device)
-        return lambda: ar.generate(model, first, block_size)
+        return lambda: ar.sample(model, None, batch_size, block_size, block_size, None)
     model = network(machine, flow_map=True).eval()
     model = common.compiled(model, machine) if compile else model
     clock, E = Clock(vocab_size, device=machine.device), model.embed.weight.detach()

@@ -292,6 +292,14 @@ def most_likely(head: nn.Module, hidden: Tensor) -> Tensor:
     return by_tokens(best, head, hidden)
 
 
+def drawn(head: nn.Module, hidden: Tensor, random: torch.Generator) -> Tensor:
+    """Tokens (B, L) drawn from D, each on its own, instead of its mode. In float64: float32 would never draw what is rarer
+    than one in ten million or so."""
+    def draw(hidden):
+        return torch.multinomial(head(hidden).double().softmax(-1), 1, generator=random).squeeze(-1)
+    return by_tokens(draw, head, hidden)
+
+
 # ---------------------------------------------------------------- training and sampling
 
 def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,12 +322,13 @@ def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int) -> Tensor:
-    """Tokens (B, L) from noise z (B, L, d): Euler steps on a uniform grid of tau, the last one an argmax."""
+def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int, last: Callable = most_likely) -> Tensor:
+    """Tokens (B, L) from noise z (B, L, d): Euler steps on a uniform grid of tau, the last one an argmax, or whatever
+    last(head, hidden) makes of it."""
     tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
     E = model.embed.weight
     for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each
         hidden = model(z, here.expand(len(z)))
         if i < steps - 1:
             z = move(z, expected_embedding(model.head, hidden, E), clock.t_of_tau(here), clock.t_of_tau(there))
-    return most_likely(model.head, hidden)
+    return last(model.head, hidden)

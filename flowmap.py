@@ -189,8 +189,9 @@ class OwnDiagonal:
 
 @torch.no_grad()
 def sample_flow_map(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
-                    noise: Callable[[], Tensor] | None = None) -> Tensor:
-    """Tokens (B, L) from noise z (B, L, d): `steps` jumps on a uniform grid of tau, the last one an argmax.
+                    noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
+    """Tokens (B, L) from noise z (B, L, d): `steps` jumps on a uniform grid of tau, the last one an argmax, or whatever
+    last(head, hidden) makes of it.
 
     gamma in [0, 1] makes it stochastic: instead of landing at t, jump further, to t~ with 1 - t~ = (1 - t)
     sqrt(1 - gamma^2), and add noise until the state is as noisy as at t again. noise() draws a fresh z0 (B, L, d).
@@ -206,4 +207,4 @@ def sample_flow_map(model: Callable, clock: Clock, z: Tensor, steps: int, gamma:
                 kept = t / beyond
                 fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
                 z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()
-    return most_likely(model.head, hidden)
+    return last(model.head, hidden)

@@ -57,9 +57,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "a
     path: "sdpa"  the fused kernel, which knows no soft cap;
           "flex"  flex_attention, compiled: soft cap without an (L, L) matrix, CUDA only in practice;
           "math"  plain matrix products: the reference, and the only one forward-mode derivatives pass through;
+          "causal"  every token sees itself and those before it, as autoregressive models do (baselines/ar.py): no cap;
           "auto"  sdpa without a cap, flex on CUDA with one, math elsewhere. Also math instead of flex for up to 256
                   tokens, whose (L, L) matrix is small, and instead of sdpa on a CPU, where its backward pass is slower.
-    Raises ValueError for sdpa with a cap and for an unknown path.
+    Raises ValueError for sdpa or causal with a cap and for an unknown path.
     """
     if path == "auto":
         short = q.size(-2) <= 256
@@ -69,6 +70,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "a
             path = "math" if q.device.type == "cpu" and short else "sdpa"
     if path == "sdpa" and not softcap:
         return F.scaled_dot_product_attention(q, k, v)
+    if path == "causal" and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if path == "flex":
         return flex(q, k, v, softcap)
     if path == "math":
@@ -169,15 +172,16 @@ class Block(nn.Module):
 
 class Head(nn.Linear):
     """Hidden states (.., d) -> logits (.., V). Returned in float32 at least: under autocast the product is bfloat16, but
-    the cap and the log-softmax that follow must not be."""
+    the cap and the log-softmax that follow must not be. A sampler may set `temperature`: below 1 every guess is sharper."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, config.vocab_size)
-        self.softcap = config.logit_softcap
+        self.softcap, self.temperature = config.logit_softcap, 1.0
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = super().forward(hidden)
-        return cap(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, self.softcap)
+        logits = cap(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, self.softcap)
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 class FlowTransformer(nn.Module):

@@ -96,7 +96,7 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
             raise ValueError(f"its format is {checkpoint['format']!r}")
         for key in ("model", "ema", "clock_embedding_share", "settings", "step", "tokenizer", "vocabulary"):
             checkpoint[key]  # a KeyError here, rather than in the middle of a program
-        if checkpoint["kind"] != ("fmlm" if ModelConfig(**checkpoint["model_config"]).flow_map else "flm"):
+        if (checkpoint["kind"] == "fmlm") != ModelConfig(**checkpoint["model_config"]).flow_map:
             raise ValueError("its kind does not fit its network")
     except pickle.UnpicklingError:
         fail(f"{path} holds Python objects besides tensors, and to read those can run any program; if you trust where it "
@@ -107,7 +107,8 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
         fail(f"{path} is no checkpoint of train.py or distill.py, nor one the authors released "
              f"({type(error).__name__}: {error})")
     if kind and checkpoint["kind"] != kind:
-        fail(f"{path} is {KINDS[checkpoint['kind']]}; what is needed here is {KINDS[kind]}")
+        found, needed = (KINDS.get(name, f"a baseline ({name})") for name in (checkpoint["kind"], kind))
+        fail(f"{path} is {found}; what is needed here is {needed}")
     return checkpoint
 
 

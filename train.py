@@ -5,13 +5,15 @@
     torchrun --nproc_per_node=8 train.py config/owt.py             # the published recipe
 
 Ends with out_dir/flm.pt, which distill.py turns into a flow map and sample.py turns into text. Ctrl-C writes a
-checkpoint too; continue with --init_from=resume.
+checkpoint too; continue with --init_from=resume. --method trains one of the models of baselines/ instead, on the same
+network and data, into a file of its own name.
 
 Notable: the loss is plain cross-entropy at a random time, but no noise of vocabulary width is ever drawn (flow.py); the
 validation loss is also shown by time, since a flow learns its late, easy times long before its early, hard ones.
 """
 
 import copy
+import importlib
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +35,7 @@ eval_interval = 250              # steps between validations; each also writes t
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
+method = "flm"                   # or a file of baselines/, for comparison: ar, mdlm, duo; dense, mse, noclock
 # -- model
 n_layer = 4
 n_head = 4
@@ -68,6 +71,7 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
+common.require_choice("method", method, ("flm", *training.BASELINES))
 training.require_trainable(settings)
 common.require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
 common.require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
@@ -76,21 +80,22 @@ common.require_in(settings, "[0, 1]", "clock_embedding_share")
 # ---------------------------------------------------------------- set-up
 
 machine = common.Machine(device, dtype)
-path = Path(out_dir) / "flm.pt"
+path = Path(out_dir) / f"{method}.pt"
+baseline = importlib.import_module(f"baselines.{method}") if method != "flm" else None
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
 local_steps = training.share_of_steps(gradient_accumulation_steps, machine)
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
-checkpoint = storage.load_resumable(path, "flm", init_from, settings,
+checkpoint = storage.load_resumable(path, method, init_from, settings,
                                     [*shape, "clock_embedding_share", *training.FIXED], machine)
 torch.manual_seed(seed)  # every process starts from the same weights
 if checkpoint:
     storage.require_same_vocabulary(checkpoint, data)
     model = storage.build_model(checkpoint, machine.device, "model")
 else:
-    model = storage.new_model(data.meta["vocab_size"], shape, machine.device)
+    model = storage.new_model(data.meta["vocab_size"] + getattr(baseline, "MORE_TOKENS", 0), shape, machine.device)
 ema = copy.deepcopy(model).eval()
 optimizers = training.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
 step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)
@@ -100,14 +105,21 @@ clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
 net = common.compiled(model, machine) if compile else model  # same weights, faster
 log = storage.Log(path, machine, bool(checkpoint), step, wandb_project, settings)
 if machine.main:
-    training.announce("flow language model", model, machine, len(data.tokens), sequences * block_size, max_iters, path,
-                      passes=3)
+    training.announce(f"baseline {method}" if baseline else "flow language model", model, machine, len(data.tokens),
+                      sequences * block_size, max_iters, path, passes=3)
 
 
-def noise(E, factor, samples, purpose):
-    """z0 (B, L, d) for these sample numbers; training and validation draw for different purposes."""
-    normal = common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device)
-    return latent_noise(E, factor, normal)
+def loss_terms(net, factor, y, times, first, purpose):
+    """The loss, to differentiate, and that of each token, (B, L), of the samples from number `first` on. Training and
+    validation draw noise for different purposes."""
+    if baseline:
+        random = common.generator(seed, purpose, first, device=machine.device)
+        with machine.autocast():
+            return baseline.loss(net, clock, y, times, random)
+    normal = common.sample_normals(common.mix(seed, purpose), range(first, first + batch_size), block_size, machine.device)
+    z0 = latent_noise(net.embed.weight, factor, normal)
+    with machine.autocast():
+        return flow_loss(net, clock, y, times, z0)
 
 
 @torch.no_grad()
@@ -117,14 +129,11 @@ def validate() -> tuple[float, list[float | None]]:
     total = torch.zeros(2, 10, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
                         device=machine.device)                                  # losses, counts
     tau = stratified(eval_iters * batch_size, common.generator(seed, 2))
-    E = ema.embed.weight
-    factor = noise_factor(E, eval_iters * batch_size * block_size)
+    factor = None if baseline else noise_factor(ema.embed.weight, eval_iters * batch_size * block_size)
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))              # (B, L)
         times = machine.put(tau[i * batch_size:(i + 1) * batch_size].float())   # (B,)
-        z0 = noise(E, factor, range(i * batch_size, (i + 1) * batch_size), 3)
-        with machine.autocast():
-            _, losses = flow_loss(ema, clock, y, times, z0)                     # (B, L)
+        _, losses = loss_terms(ema, factor, y, times, i * batch_size, 3)        # (B, L)
         loss = losses.mean(1)                                                   # (B,)
         total.index_add_(1, (times * 10).long().clamp_max(9),
                          torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
@@ -143,7 +152,7 @@ def batch(n: int):
 
 
 def save() -> None:
-    storage.save_run(path, "flm", model, ema, optimizers, machine, settings, data, clock_embedding_share, step,
+    storage.save_run(path, method, model, ema, optimizers, machine, settings, data, clock_embedding_share, step,
                     samples_seen)
 
 
@@ -171,21 +180,18 @@ while True:
 
     model.train()
     step_loss = torch.zeros((), device=machine.device)
-    E = model.embed.weight
-    factor = noise_factor(E, sequences * block_size)  # once a step: its gradient is gathered over the micro-steps, ..
+    factor = None if baseline else noise_factor(model.embed.weight, sequences * block_size)  # once a step: its ..
     leaf = None if factor is None else factor.detach().requires_grad_()
     for i in range(local_steps):
         first, y, times = coming
         torch.manual_seed(common.mix(seed, 5, first))                           # for dropout
-        z0 = noise(E, leaf, range(first, first + batch_size), 6)
-        with machine.autocast():
-            loss, losses = flow_loss(net, clock, y, times, z0)
+        loss, losses = loss_terms(net, leaf, y, times, first, 6)
         coming = batch(step * local_steps + i + 1)                              # while the device is busy
         machine.scaler.scale(loss / local_steps).backward()
         step_loss += loss.detach() / local_steps
         watch.see(step + 1, losses.mean(1), times)
     if factor is not None:
-        factor.backward(leaf.grad)                    # .. and carried on to E at the end
+        factor.backward(leaf.grad)                    # .. gradient, gathered over the micro-steps, is carried on to E
     norm = training.optimizer_step(model, optimizers, machine, grad_clip)
     training.update_ema(ema, model, ema_decay, step)
     step, samples_seen = step + 1, samples_seen + sequences

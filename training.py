@@ -20,6 +20,8 @@ from model import FlowTransformer
 from storage import PLACES
 
 
+BASELINES = ("ar", "mdlm", "duo", "dense", "mse", "noclock")  # files of baselines/ with a loss that train.py can train
+
 # What a resumed run may not change: with another batch, say, it would read some texts twice and others never.
 FIXED = ("optimizer", "beta1", "beta2", "weight_decay", "batch_size", "gradient_accumulation_steps", "seed")
 

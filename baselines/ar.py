@@ -1,15 +1,29 @@
 """An autoregressive language model on the network of model.py: the mathematics, nothing read or written.
 
-The ordinary way to write text, one token after the other, each seeing those before it. The transformer is the same, with
-clean tokens instead of noise, the time held at 1 and causal attention. What the tokens so far have left in every
-layer, their keys and values, is kept, so that a new token costs one row of every matrix product, not i rows.
+The ordinary way to write text, one token after the other, each seeing those before it: p(y) = prod_l p(y_l | y_<l). The
+transformer is the same, with clean tokens instead of noise, the time held at 1 and causal attention. Its loss is exact,
+where those of the others are bounds.
+
+When it writes, what the tokens so far have left in every layer, their keys and values, is kept, so that a new token costs
+one row of every matrix product, not i rows.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flow import Clock, cross_entropy
 from model import FlowTransformer, rotary_table, rotate
+
+
+def loss(model: FlowTransformer, clock: Clock | None, y: Tensor, tau: Tensor, random: torch.Generator | None
+         ) -> tuple[Tensor, Tensor]:
+    """-log p(y_l | y_<l) in nats: the mean, to differentiate, and each (B, L), from tokens y (B, L). The clock, the values
+    of tau (B,) and the generator are what other methods need."""
+    before = F.embedding(y[:, :-1], model.embed.weight)                         # (B, L - 1, d)
+    hidden = model(F.pad(before, (0, 0, 1, 0)), torch.ones_like(tau), attention="causal")  # nothing before the first
+    total, losses = cross_entropy(model.head, hidden, y)
+    return total / y.numel(), losses
 
 
 class Decoder:
@@ -29,13 +43,12 @@ class Decoder:
         self.cache = weight.new_empty(config.n_layer, 2, B, config.n_head, L, d_head)
         self.length = 0                                                         # tokens fed so far
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed tokens (B, n): logits (B, n, V) for the token after each of them."""
-        B, n = tokens.shape
+    def __call__(self, x: Tensor) -> Tensor:
+        """Feed embedded tokens x (B, n, d), zeros for the start of the text: logits (B, n, V) for the token after each."""
+        B, n, _ = x.shape
         start, end = self.length, self.length + n
         if end > self.cache.size(-2):
             raise ValueError(f"{end} tokens, but room for {self.cache.size(-2)}")
-        x = F.embedding(tokens, self.model.embed.weight)                        # (B, n, d)
         if self.model.config.learned_positions:
             x = x + self.model.positions[start:end]
         cos, sin = self.cos[start:end], self.sin[start:end]
@@ -54,10 +67,14 @@ class Decoder:
 
 
 @torch.no_grad()
-def generate(model: FlowTransformer, first: Tensor, L: int) -> Tensor:
-    """Texts (B, L) that begin with the token first (B,), every next one drawn from the model's distribution."""
-    decoder, tokens = Decoder(model, len(first), L), [first[:, None]]
-    for _ in range(L - 1):
-        probabilities = decoder(tokens[-1])[:, 0].softmax(-1)                   # (B, V)
-        tokens.append(torch.multinomial(probabilities, 1))
+def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: int, random: torch.Generator | None,
+           temperature: float = 1.0) -> Tensor:
+    """Tokens (B, L), every one drawn from the softmax of its logits / temperature. Takes L evaluations, whatever `steps`
+    says. In float64, like all draws here: see baselines/mdlm.py."""
+    E = model.embed.weight
+    decoder, x, tokens = Decoder(model, B, L), E.new_zeros(B, 1, E.size(1)), []
+    for _ in range(L):
+        probabilities = (decoder(x)[:, 0].double() / temperature).softmax(-1)   # (B, V)
+        tokens.append(torch.multinomial(probabilities, 1, generator=random))    # (B, 1)
+        x = F.embedding(tokens[-1], E)
     return torch.cat(tokens, dim=1)

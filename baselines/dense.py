@@ -2,7 +2,7 @@
 
 Noise, one-hot text, their mixture, its product with the embedding, all log-probabilities and their product with the
 one-hot text are each computed as written in the paper. The losses are those of flow.py and flowmap.py for z0 = x0 E, to
-rounding. Here to be measured against (bench.py), and to be read next to them.
+rounding. Here to be measured against (bench.py, and as train.py --method=dense), and to be read next to them.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,13 @@ def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, x0: Tensor)
     x, x1 = mixture(x0, y, clock.t_of_tau(tau))
     log_p = model.head(model(embed(x, model.embed.weight), tau)).log_softmax(-1)
     return -(x1 * log_p).sum(-1).mean()
+
+
+def loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`flow_loss` with its noise drawn here: the mean, to differentiate, and the same for each token, (B, L)."""
+    x0 = torch.randn(*y.shape, model.embed.num_embeddings, generator=random, device=y.device)
+    mean = flow_loss(model, clock, y, tau, x0)
+    return mean, mean.detach().expand(y.shape)
 
 
 def semigroup_loss(student: Callable, teacher: Callable, clock: Clock, y: Tensor, tau_s: Tensor, tau_t: Tensor,

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import flow
-import model as model_file
 import training
 from baselines import ar, dense, heads
 from flow import Clock, cross_entropy, flow_loss, latent_noise, most_likely, noise_factor
@@ -234,26 +233,40 @@ def test_other_heads_are_ours(name, monkeypatch):
 
 
 @pytest.mark.parametrize("learned_positions", [False, True])
-def test_decoder_with_a_cache_is_the_network_under_a_causal_mask(learned_positions, monkeypatch):
+def test_decoder_with_a_cache_is_the_network_under_a_causal_mask(learned_positions):
     net, tokens = network(learned_positions=learned_positions).requires_grad_(False), torch.randint(40, (3, 8))
     decoder = ar.Decoder(net, 3, 8)
-    pieces = torch.cat([decoder(tokens[:, :3]), decoder(tokens[:, 3:4]), decoder(tokens[:, 4:])], dim=1)
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(model_file.F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v, is_causal=True))
-    whole = net.head(net(net.embed(tokens), torch.ones(3), attention="sdpa"))
+    x = net.embed(tokens)
+    pieces = torch.cat([decoder(part) for part in x.split([3, 1, 4], dim=1)], dim=1)
+    whole = net.head(net(x, torch.ones(3), attention="causal"))
     assert torch.allclose(pieces, whole, atol=1e-4)
     with pytest.raises(ValueError, match="9 tokens, but room for 8"):
-        decoder(tokens[:, :1])
+        decoder(x[:, :1])
+
+
+@torch.no_grad()
+def test_autoregressive_loss_is_that_of_the_decoder():
+    """Of every token given those before it, and nothing else: the loss of a prefix does not change with what follows."""
+    net, y = network(), torch.randint(40, (3, 8))
+    mean, losses = ar.loss(net, None, y, torch.rand(3), None)
+    decoder = ar.Decoder(net, 3, 8)
+    x = torch.cat([torch.zeros(3, 1, 16), net.embed(y)], dim=1)
+    expected = torch.stack([F.cross_entropy(decoder(x[:, i:i + 1])[:, 0], y[:, i], reduction="none") for i in range(8)], 1)
+    assert torch.allclose(losses, expected, atol=1e-4) and torch.allclose(mean, expected.mean(), atol=1e-4)
+    y[:, 5:] = 0
+    assert torch.allclose(ar.loss(net, None, y, torch.rand(3), None)[1][:, :5], losses[:, :5], atol=1e-5)
 
 
 def test_decoder_draws_from_its_distribution():
-    """The head sees nothing but its bias: the tokens after the first are independent draws from its softmax."""
+    """The head sees nothing but its bias: the tokens are independent draws from its softmax, at half the temperature
+    from the square of that."""
     net = network(V=3)
     torch.nn.init.zeros_(net.head.weight)
     net.head.bias.data = torch.tensor([0.2, 0.3, 0.5]).log()
-    tokens = ar.generate(net, torch.full((2000,), 2), 8)
-    assert tokens.shape == (2000, 8) and (tokens[:, 0] == 2).all()
-    assert torch.allclose(torch.bincount(tokens[:, 1:].flatten()) / 14_000, net.head.bias.exp(), atol=0.02)
+    for temperature, expected in ((1.0, [0.2, 0.3, 0.5]), (0.5, [4 / 38, 9 / 38, 25 / 38])):
+        tokens = ar.sample(net, None, 2000, 8, 8, torch.Generator().manual_seed(0), temperature)
+        assert tokens.shape == (2000, 8)
+        assert torch.allclose(torch.bincount(tokens.flatten()) / 16_000, torch.tensor(expected), atol=0.02)
 
 
 # ---------------------------------------------------------------- bench.py

@@ -1,0 +1,97 @@
+"""Distil a discrete diffusion model into one of fewer steps, for comparison with distill.py: mdlm.pt into sdtt.pt by
+self-distillation through time, duo.pt into dcd.pt by discrete consistency distillation.
+
+    python baselines/distill.py --method=sdtt --out_dir=out/palindromes --dataset=palindromes
+    python baselines/distill.py --method=dcd --out_dir=out/palindromes --dataset=palindromes
+
+In rounds, as published: the student begins as its teacher, learns to do in one step what the teacher does in several
+(baselines/mdlm.py, duo.py), and as it then is it becomes the teacher of the next round, with steps twice as long. Its
+moving average is what is sampled. After every round the checkpoint is written; --init_from=resume goes on with the next.
+"""
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402  (after the path)
+import storage  # noqa: E402
+import training  # noqa: E402
+from data.loader import Data  # noqa: E402
+from flow import stratified  # noqa: E402
+
+out_dir = "out/pydocs"           # reads mdlm.pt or duo.pt, writes sdtt.pt or dcd.pt and their logs
+dataset = "pydocs"               # must have the vocabulary that the teacher was trained on
+method = "sdtt"                  # or dcd
+teacher = ""                     # another file than out_dir/mdlm.pt or duo.pt
+init_from = "scratch"            # or resume: after the last round that was finished
+rounds = 5                       # the teacher's steps grow from first_step to 2^(rounds - 1) times that
+first_step = 1 / 128             # length of the teacher's steps in the first round; tau runs from 0 to 1
+log_interval = 100
+batch_size = 64
+max_iters = 1500                 # optimizer steps, all rounds together
+learning_rate = 1e-3
+warmup_iters = 100               # then constant
+optimizer = "adamw"
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.0
+grad_clip = 1.0
+ema_decay = 0.999
+device = "auto"
+dtype = "auto"
+seed = 1
+
+settings = common.configure(globals(), sys.argv[1:])
+globals().update(settings)
+TEACHERS = {"sdtt": "mdlm", "dcd": "duo"}
+common.require_choice("method", method, TEACHERS)
+common.require_in(settings, "[1, inf)", "rounds", "batch_size", "max_iters", "log_interval")
+common.require_in(settings, "(0, 1)", "first_step")
+
+machine = common.Machine(device, dtype)
+if machine.world > 1:
+    common.fail("baselines/distill.py runs as one process; start it with python")
+kind, path = TEACHERS[method], Path(out_dir) / f"{method}.pt"
+teacher = teacher or str(Path(out_dir) / f"{kind}.pt")
+source = storage.load_checkpoint(teacher, kind)
+data = Data(dataset, "train", source["model_config"]["block_size"], seed)
+storage.require_same_vocabulary(source, data)
+checkpoint = storage.load_resumable(path, method, init_from, settings, ("rounds", "first_step", "max_iters", "teacher",
+                                                                        *training.FIXED[:-2], "seed"), machine)
+student = storage.build_model(checkpoint or source, machine.device, "model" if checkpoint else "ema")
+ema = copy.deepcopy(student).eval()
+optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
+done, _ = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)     # rounds
+clock = storage.build_clock(student.config, source["clock_embedding_share"], machine.device)
+distillation_loss = importlib.import_module(f"baselines.{kind}").distillation_loss
+log = storage.Log(path, machine, bool(checkpoint), done * (max_iters // rounds), "", settings)
+progress = training.Progress(0, max_iters, batch_size * data.L)
+training.announce(f"baseline {method}", student, machine, len(data.tokens), batch_size * data.L, max_iters, path, passes=5)
+
+for round_number in range(done, rounds):
+    frozen = copy.deepcopy(student).eval()
+    for i in range(max_iters // rounds):
+        step = round_number * (max_iters // rounds) + i
+        training.set_learning_rate(optimizers, training.learning_rate_at(step, learning_rate, learning_rate, "constant",
+                                                                         warmup_iters, max_iters))
+        y = machine.put(data.rows(step * batch_size, batch_size))               # (B, L)
+        tau = machine.put(stratified(batch_size, common.generator(seed, 4, step)).float())      # (B,)
+        random = common.generator(seed, 6, step, device=machine.device)
+        with machine.autocast():
+            loss, _ = distillation_loss(student, frozen, clock, y, tau, first_step * 2 ** round_number, random)
+        machine.scaler.scale(loss).backward()
+        training.optimizer_step(student, optimizers, machine, grad_clip)
+        training.update_ema(ema, student, ema_decay, step)
+        if progress.should_stop(machine):
+            sys.exit(f"stopped in round {round_number + 1}; continue with --init_from=resume")
+        if (step + 1) % log_interval == 0:
+            log.write(step + 1, loss=loss.item())
+            print(f"round {round_number + 1}/{rounds}, step {step + 1}/{max_iters} | loss {loss.item():.4f} | "
+                  f"{progress.line(step + 1)}", flush=True)
+    storage.save_run(path, method, student, ema, optimizers, machine, settings, data, source["clock_embedding_share"],
+                     round_number + 1, (step + 1) * batch_size)
+print(f"done: {path}")
