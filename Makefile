@@ -1,6 +1,7 @@
 # make demo   from nothing to one-step text on a laptop: environment, data, flow, flow map, samples, loss curves
 # make test   the tests, in the same environment
-# Both install into .venv first, once. ARGS adds settings to both training stages: make demo ARGS=--max_iters=30
+# make evidence   every model and baseline, measured: hours, may be stopped and repeated; see evidence.py
+# These install into .venv first, once. ARGS adds settings to both training stages: make demo ARGS=--max_iters=30
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ RUN = $(VENV)/bin/python
 OUT ?= out/pydocs
 ARGS ?=
 
-.PHONY: demo test clean
+.PHONY: demo test evidence clean
 
 demo:
 	@date +%s > .demo_start
@@ -23,6 +24,9 @@ demo:
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -q -rs --durations=5 --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+evidence: $(VENV)/ready
+	$(RUN) evidence.py $(ARGS)
 
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -33,7 +33,7 @@ import common
 import metrics
 import storage
 from baselines import ar, noclock
-from bound import bits_per_character, likelihood_bound
+from bound import bits_per_character, likelihood_bound, whiten
 from data.loader import Data
 from flow import drawn, latent_noise, most_likely, noise_factor, sample_flow, stratified
 from flowmap import sample_flow_map
@@ -205,13 +205,13 @@ def likelihood(checkpoint: dict, net) -> dict | None:
     if kind not in ("ar", "flm", "mdlm", "duo"):
         return None
     clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
-    draws = 1 if kind == "ar" else 32
+    draws, E_white = 1 if kind == "ar" else 32, whiten(net.embed.weight) if kind == "flm" else None
     for first in range(0, len(held_out_tokens), batch_size):
         y = machine.put(held_out_tokens[first:first + batch_size])
         random = common.generator(seed, 10, first, device=machine.device)
         with machine.autocast():
             if kind == "flm":
-                values.append(likelihood_bound(net, clock, y, random, points=draws).nats)
+                values.append(likelihood_bound(net, clock, y, random, draws, E_white=E_white).nats)
                 continue
             tau = stratified(draws * len(y), random).view(draws, -1)
             loss = importlib.import_module(f"baselines.{kind}").loss
@@ -243,11 +243,11 @@ training_counts = np.bincount(training_rows.ravel(), minlength=V)
 wanted, sweep = common.parse_steps(steps), [float(word) for word in temperatures.split(",")]
 scorers = {os.path.basename(name): load_scorer(name) for name in scorer.split(",") if name} if num_samples else {}
 
-rows = [judge("held-out text", held_out_tokens, source="data")] if num_samples else []
+rows = [judge("held-out text", held_out_tokens)] if num_samples else []
 likelihoods, matched = {}, {}
 for name in sources:
     if name not in checkpoints:
-        rows.append(judge(name, read_texts(name, encoding, L), source=name))
+        rows.append(judge(name, read_texts(name, encoding, L)))
         continue
     checkpoint = checkpoints[name]
     net = storage.build_model(checkpoint, machine.device)
@@ -256,22 +256,22 @@ for name in sources:
         for temperature in sweep:
             with machine.autocast() if checkpoint["kind"] != "ar" else contextlib.nullcontext():
                 tokens = texts_of(checkpoint, net, n_steps, temperature)
-            runs.append(judge(f"{checkpoint['kind']} {n_steps} steps, temperature {temperature:g}", tokens, source=name,
-                              kind=checkpoint["kind"], steps=n_steps, temperature=temperature))
+            runs.append(judge(f"{checkpoint['kind']} {n_steps} steps, temperature {temperature:g}", tokens, kind=checkpoint["kind"], steps=n_steps, temperature=temperature))
         rows += runs
         for key in (f"perplexity {scorer_name}" for scorer_name in scorers):
             at = metrics.entropy_matched([r["entropy"]["value"] for r in runs], [math.log(r[key]["value"]) for r in runs],
                                          rows[0]["entropy"]["value"])
-            matched[f"{name} {n_steps} {key}"] = None if at is None else math.exp(at)
+            matched[f"{checkpoint['kind']} {n_steps} {key}"] = None if at is None else math.exp(at)
             print(f"  {key} at the entropy of held-out text: {'not reached' if at is None else f'{math.exp(at):.4g}'}")
     if bound:
-        likelihoods[name] = likelihood(checkpoint, net)
-        if likelihoods[name]:
-            exact = "" if likelihoods[name]["exact"] else "at most "
-            print(f"{name}: held-out text has {exact}{likelihoods[name]['nats_per_token']['value']:.3f} nats a token, "
-                  f"{likelihoods[name]['bits_per_character']['value']:.3f} bits a character, perplexity "
-                  f"{likelihoods[name]['perplexity']['value']:.4g}")
+        found = likelihood(checkpoint, net)
+        if found:
+            likelihoods[checkpoint["kind"]] = found
+            print(f"{name}: held-out text has {'' if found['exact'] else 'at most '}{found['nats_per_token']['value']:.3f} "
+                  f"nats a token, {found['bits_per_character']['value']:.3f} bits a character, perplexity "
+                  f"{found['perplexity']['value']:.4g}")
 if out:
-    record = dict(settings=settings, rows=rows, matched=matched, likelihoods=likelihoods)
+    kept = {key: value for key, value in settings.items() if key not in (*storage.PLACES, "source", "scorer", "out")}
+    record = dict(settings=kept, rows=rows, matched=matched, likelihoods=likelihoods)
     storage.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(f"wrote {out}")
