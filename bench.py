@@ -77,9 +77,11 @@ worker = ""                      # set by bench.py itself, in the process that m
 
 COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar",
             "head": "ours,checkpointed,builtin,whole", "scaling": "", "plot": ""}  # and the paths of each
-command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-settings = common.configure(globals(), sys.argv[1:])
+_words = sys.argv[1:]
+_command = _words.pop(0) if _words and not _words[0].startswith("-") else ""    # the underscores: these are no settings
+settings = common.configure(globals(), _words)
 globals().update(settings)
+command = _command
 if command not in COMMANDS and not estimate:
     common.fail(f"bench.py {command}: choose {', '.join(COMMANDS)} or --estimate; --help lists the settings")
 common.require_in(settings, "[1, inf)", "vocab_size", "block_size", "batch_size", "gradient_accumulation_steps",

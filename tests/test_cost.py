@@ -8,6 +8,7 @@ import collections
 import copy
 import json
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -287,6 +288,25 @@ def test_bench_measures(command, paths, tmp_path):
         assert row["seconds"] > 0 and row["peak_gib"] > 0.1
         assert row["time_ratio"] == row["seconds"] / base["seconds"]
     assert base["time_ratio"] == base["smallest"] == base["largest"] == 1
+
+
+def test_bench_scaling_measures_one_point_after_another(tmp_path, monkeypatch):
+    """What would be started, by commands of their own, and what is kept of it."""
+    started = []
+
+    def start(words, **_):
+        started.append(words[2:])
+        return subprocess.CompletedProcess(words, 0, json.dumps(dict(seconds=[1, 3, 2], peak=2 ** 30, machine="here")))
+    monkeypatch.setattr(subprocess, "run", start)
+    in_this_process(monkeypatch, "bench.py", "scaling", f"--out_dir={tmp_path}", *SMALL[1:7])
+    records = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
+    assert [words[0] for words in started] == ["train"] * 27 + ["sample"] * 7 and len(records) == 34
+    assert not any(word.startswith("--command") for words in started for word in words)
+    for words, record in zip(started, records):
+        setting = {"V": "vocab_size", "steps": "sampling_steps"}.get(record["axis"], "batch_size")
+        size = record["value"] // 8 if record["axis"] == "B L" else record["value"]
+        assert f"--{setting}={size}" in words and f"--worker={record['path']}" in words
+        assert (record["seconds"], record["peak_gib"]) == (2, 1)
 
 
 def test_bench_figure(tmp_path):

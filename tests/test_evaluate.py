@@ -136,10 +136,10 @@ def test_the_report_says_what_was_measured(tmp_path):
                         "psd-seed2-1": 0.7, "sdtt-seed1-8": 0.8, "dcd-seed1-8": 0.4}.items():
         (folder / f"{name}.json").write_text(json.dumps(measurement(valid)))
     readme = tmp_path / "README.md"
-    readme.write_text("before <!-- from here on written by evidence.py -->old<!-- up to here --> after")
+    readme.write_text("before <!-- from here on written by evidence.py -->stale<!-- up to here --> after")
     quick_run("evidence.py", "--report", "--sets=palindromes", f"--results={tmp_path / 'results'}", f"--readme={readme}")
     text = readme.read_text()
-    assert text.startswith("before ") and text.endswith(" after") and "old" not in text
+    assert text.startswith("before ") and text.endswith(" after") and "stale" not in text
     assert "| FMLM, PSD | 0.600 (0.500 to 0.700) | " in text
     assert "many steps: **holds** (FLM at 128 0.990, MDLM at 128 0.900, Duo at 128 0.950)" in text
     assert "discrete diffusion: **does not hold**" in text and "in one step: **not measured yet**" in text
