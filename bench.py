@@ -324,12 +324,15 @@ def plot() -> None:
     for column, (axis, title) in enumerate([("V", "training step of 2,048 tokens, against V"),
                                             ("B L", f"training step at V = {used['vocab_size']:,}, against B L"),
                                             ("steps", "eight texts, against sampling steps")]):
+        xs = sorted({value for a, _, value in points if a == axis})
         for panel, key, unit in zip(panels[:, column], ("seconds", "peak_gib"), ("seconds", "peak memory, GiB")):
             for path in ("ours", "dense", "floor"):
-                xs = sorted(value for a, p, value in points if (a, p) == (axis, path))
-                if xs:
-                    panel.plot(xs, [points[axis, path, x][key] for x in xs], "o-", label=path)
+                found = sorted(value for a, p, value in points if (a, p) == (axis, path))
+                if found:
+                    panel.plot(found, [points[axis, path, x][key] for x in found], "o-", label=path)
             panel.set(xscale="log", yscale="log", ylabel=unit)
+            panel.set_xticks(xs, [f"{x:,}" for x in xs], fontsize=7)
+            panel.xaxis.minorticks_off()
             panel.grid(alpha=0.3, which="both")
             panel.legend()
         panels[0, column].set_title(title, fontsize=10)
