@@ -111,7 +111,7 @@ def train_loss(path, net, clock, y, tau, leaf, normal):
     if path == "ours":
         return flow_loss(net, clock, y, tau, latent_noise(E, leaf, normal))[0]
     if path == "dense":
-        return dense.flow_loss(net, clock, y, tau, torch.randn(*y.shape, vocab_size, device=y.device))
+        return dense.flow_losses(net, clock, y, tau, torch.randn(*y.shape, vocab_size, device=y.device)).mean()
     hidden = net(F.embedding(y, E), torch.ones_like(tau))
     if path == "floor":
         return cross_entropy(net.head, hidden, y)[0] / y.numel()
@@ -292,13 +292,14 @@ def append(name: str, record: dict) -> None:
 # ---------------------------------------------------------------- scaling
 
 def scale() -> None:
-    """Time and memory of a training step against V at 2,048 tokens and against B L, and of sampling against its steps."""
+    """Time and memory of a training step against V at 2,048 tokens and against B L, and of sampling against its steps: all
+    points, then all again, `turns` times."""
     points = [("V", V, "train", path, dict(vocab_size=V, batch_size=max(1, 2048 // block_size)))
               for V in (1024, 4096, 16384, 50257, 131072) for path in ("ours", "dense", "floor")]
     points += [("B L", B * block_size, "train", path, dict(batch_size=B))
                for B in (8, 16, 32, 64) for path in ("ours", "dense", "floor")]
     points += [("steps", n, "sample", "ours", dict(batch_size=8, sampling_steps=n)) for n in (1, 2, 4, 8, 16, 32, 64)]
-    for axis, value, name, path, changes in points:
+    for axis, value, name, path, changes in points * turns:
         run = run_worker(name, path, **changes)
         seconds, peak = statistics.median(run["seconds"]), run["peak"] / 2 ** 30
         print(f"{axis} = {value:<8} {path:6} {seconds:8.3f} s {peak:7.2f} GiB", flush=True)
@@ -307,7 +308,7 @@ def scale() -> None:
 
 
 def plot() -> None:
-    """The latest point of every kind in scaling.jsonl as a figure."""
+    """The points in scaling.jsonl as a figure, medians where one was measured several times."""
     source = Path(out_dir) / "scaling.jsonl"
     if not source.exists():
         common.fail(f"no {source}; run: python bench.py scaling")
@@ -318,8 +319,13 @@ def plot() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     records = [json.loads(line) for line in source.read_text().splitlines()]
-    points = {(r["axis"], r["path"], r["value"]): r for r in records}
     used, where = records[-1]["settings"], records[-1]["where"]
+    shape = ("n_layer", "n_embd", "block_size", "vocab_size")
+    if any(record["settings"][key] != used[key] for record in records for key in shape):
+        common.fail(f"{source} holds measurements of different networks; keep those of one")
+    points = {}
+    for record in records:
+        points.setdefault((record["axis"], record["path"], record["value"]), []).append(record)
     figure, panels = plt.subplots(2, 3, figsize=(12, 6.5), sharex="col")
     for column, (axis, title) in enumerate([("V", "training step of 2,048 tokens, against V"),
                                             ("B L", f"training step at V = {used['vocab_size']:,}, against B L"),
@@ -329,7 +335,8 @@ def plot() -> None:
             for path in ("ours", "dense", "floor"):
                 found = sorted(value for a, p, value in points if (a, p) == (axis, path))
                 if found:
-                    panel.plot(found, [points[axis, path, x][key] for x in found], "o-", label=path)
+                    panel.plot(found, [statistics.median(r[key] for r in points[axis, path, x]) for x in found],
+                               "o-", label=path)
             panel.set(xscale="log", yscale="log", ylabel=unit)
             panel.set_xticks(xs, [f"{x:,}" for x in xs], fontsize=7)
             panel.xaxis.minorticks_off()

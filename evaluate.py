@@ -2,12 +2,13 @@
 
     python evaluate.py --source=out/pydocs/fmlm.pt --steps=1,8                # with GPT-2 large, as in the papers
     python evaluate.py --source=samples.jsonl --scorer=out/pydocs/ar.pt       # with a model of ours, no download
-    python evaluate.py --source=out/pydocs/mdlm.pt --steps=8 --temperatures=0.7,0.85,1
+    python evaluate.py --source=out/pydocs/mdlm.pt --steps=8 --temperatures=0.7,1,1.3
     python evaluate.py --source=out/pydocs/flm.pt --num_samples=0 --bound     # no texts: the likelihood of held-out ones
 
 Generative perplexity is how well the scorer, another model, predicts the texts. It can be bought: colder sampling lowers
 it, and the variety of the texts with it. So it stands beside measures of variety (metrics.py), and with several
-temperatures it is also read off where the texts are as varied as the data, if the sweep reaches that (`matched`).
+temperatures it is also read off where the texts are as varied as the data, if the sweep reaches that (`matched`). At a
+temperature every token is drawn, the last ones of a flow too; `argmax` is the flow's own way, which takes the likeliest.
 
 What the scorer sees: the decoded text in its own tokens, after its begin-of-text token, so that the first token is scored
 too; what does not fit its context is cut off on the right; an end-of-text token inside a text is scored like any other.
@@ -38,14 +39,15 @@ from data.loader import Data
 from flow import drawn, latent_noise, most_likely, noise_factor, sample_flow, stratified
 from flowmap import sample_flow_map
 
-source = "out/pydocs/fmlm.pt"    # checkpoints (.pt) and texts (.jsonl), comma-separated
+source = "out/pydocs/fmlm.pt"    # checkpoints (.pt, .ckpt) and texts (.jsonl), comma-separated
 dataset = "pydocs"               # its held-out text is the first row, its training text is looked for copies
+block_size = 0                   # tokens in a text; 0 = those of the checkpoints or of the dataset's rows, else 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
-temperatures = "1"               # every guess is softmax(logits / temperature); several as 0.8,1
-draw_last = False                # flows: draw the tokens of the last step instead of taking the likeliest
+temperatures = ""                # guesses are softmax(logits / temperature); several as argmax,0.8,1; "" = argmax or 1
 gamma = 0.0                      # flow map only: as in sample.py
 num_samples = 1000               # of a checkpoint; 0 = none
-batch_size = 100                 # texts made and scored together
+batch_size = 100                 # texts made together
+copies_from = 10_000_000         # training tokens that copies are looked for in, from the start
 scorer = "gpt2-large"            # what transformers loads (a name, a folder, a .gguf) or an ar.pt; several with commas
 bound = False                    # also the likelihood of held-out text under the checkpoints that have one
 out = ""                         # also write the rows here, .json
@@ -55,9 +57,18 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
-common.require_in(settings, "[0, inf)", "num_samples", "seed")
-common.require_in(settings, "[1, inf)", "batch_size")
+common.require_in(settings, "[0, inf)", "num_samples", "seed", "block_size")
+common.require_in(settings, "[1, inf)", "batch_size", "copies_from")
 common.require_in(settings, "[0, 1]", "gamma")
+if num_samples == 1:
+    common.fail("num_samples=1: one text cannot be compared with others; ask for more, or for 0 = none")
+wanted = common.parse_steps(steps)
+try:
+    sweep = [word if word == "argmax" else float(word) for word in temperatures.split(",") if word]
+except ValueError:
+    sweep = [0.0]
+if any(word != "argmax" and not 0 < word < math.inf for word in sweep):
+    common.fail(f"temperatures={temperatures}: expected positive numbers and argmax, such as 1 or argmax,0.8,1")
 machine = common.Machine(device, dtype)
 
 FLOWS = ("flm", "fmlm", "dense", "mse", "noclock")       # sampled by flow.py and flowmap.py; the others by baselines/
@@ -66,9 +77,9 @@ FILES = {"sdtt": "mdlm", "dcd": "duo"}                   # where distilled basel
 
 # ---------------------------------------------------------------- texts
 
-def texts_of(checkpoint: dict, net, n_steps: int, temperature: float) -> np.ndarray:
-    """Tokens (num_samples, L) of a checkpoint."""
-    kind, L = checkpoint["kind"], net.config.block_size
+def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str) -> np.ndarray:
+    """Tokens (num_samples, L) of a checkpoint, at a temperature or, of a flow, by "argmax"."""
+    kind = checkpoint["kind"]
     clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
     clock = noclock.NoClock(clock) if kind == "noclock" else clock
     E, rows = net.embed.weight.detach(), []
@@ -81,8 +92,8 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float) -> np.ndar
             rows.append(sample(net, clock, B, L, n_steps, random, temperature))
             continue
         normal = common.sample_normals(common.mix(seed, 7), range(first, first + B), L, machine.device)
-        last = functools.partial(drawn, random=random) if draw_last else most_likely
-        net.head.temperature = temperature
+        last = most_likely if temperature == "argmax" else functools.partial(drawn, random=random)
+        net.head.temperature = 1.0 if temperature == "argmax" else temperature
         z0 = latent_noise(E, factor, normal)
         if kind == "fmlm":
             rows.append(sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal), last))
@@ -92,18 +103,20 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float) -> np.ndar
     return torch.cat(rows).cpu().numpy()
 
 
-def read_texts(path: str, encoding, L: int) -> np.ndarray:
-    """Tokens (n, L) of the texts in a .jsonl, in the tokens of the dataset; those of fewer than L are left out, saying so."""
+def read_texts(path: str) -> np.ndarray:
+    """Tokens (n, L) of a .jsonl: the ids where sample.py wrote them, else the text in the tokens of the dataset, cut to L.
+    Texts of fewer than L tokens are left out, saying so."""
     try:
-        rows = [encoding.encode_ordinary(json.loads(line)["text"])[:L] for line in Path(path).read_text().splitlines()]
-    except (KeyError, OSError, TypeError, ValueError) as error:
+        records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+        rows = [(r.get("tokens") or encoding.encode_ordinary(r["text"]))[:L] for r in records]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         common.fail(f"{path} is no .jsonl with a text a line ({type(error).__name__}: {error})")
-    whole = [row for row in rows if len(row) == L]
+    whole = [row for row in rows if len(row) == L and max(row) < V]
     if len(whole) < len(rows):
-        print(f"{path}: {len(rows) - len(whole)} of {len(rows)} texts have fewer than {L} tokens and are left out",
-              file=sys.stderr)
-    if not whole:
-        common.fail(f"{path} has no text of {L} tokens")
+        print(f"{path}: {len(rows) - len(whole)} of {len(rows)} texts have fewer than {L} tokens, or others than the "
+              f"dataset, and are left out", file=sys.stderr)
+    if len(whole) < 2:
+        common.fail(f"{path} has fewer than two texts of {L} tokens; --block_size= sets another number")
     return np.array(whole)
 
 
@@ -114,18 +127,20 @@ def load_scorer(name: str):
     if name.endswith(".pt"):
         checkpoint = storage.load_checkpoint(name, "ar")
         storage.require_same_vocabulary(checkpoint, held_out)
+        if checkpoint["model_config"]["block_size"] < L:
+            common.fail(f"{name} reads {checkpoint['model_config']['block_size']} tokens, the texts have {L}")
         return functools.partial(score_ours, storage.build_model(checkpoint, machine.device))
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         common.fail("a scorer that is not ours needs transformers; run: pip install transformers (and gguf for a .gguf)")
     file = dict(gguf_file=os.path.basename(name)) if name.endswith(".gguf") else {}
-    folder = os.path.dirname(name) if file else name
+    folder = os.path.dirname(name) or "." if file else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **file)
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file).to(machine.device).eval()
     except Exception as error:  # the package raises whatever it meets on the way
-        common.fail(f"scorer {name!r} cannot be loaded ({str(error).splitlines()[0]}); --scorer= for none")
+        common.fail(f"scorer {name!r} cannot be loaded ({type(error).__name__}: {error}); --scorer= for none")
     return functools.partial(score_foreign, tokenizer, network)
 
 
@@ -144,15 +159,18 @@ def score_foreign(tokenizer, network, tokens: np.ndarray, texts: list[str]) -> t
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     room = getattr(network.config, "max_position_embeddings", 1024) - 1
     ids = [[start, *tokenizer(text, add_special_tokens=False)["input_ids"][:room]] for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     losses, counts = np.zeros(len(ids)), np.array([len(row) - 1 for row in ids])
-    for at in range(0, len(ids), batch_size):
-        rows = [torch.tensor(ids[i]) for i in order[at:at + batch_size]]
+    at = 0
+    while at < len(ids):
+        n = max(1, 8192 // len(ids[order[at]]))                                 # texts, so that logits stay small
+        rows = [torch.tensor(ids[i]) for i in order[at:at + n]]
         x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(machine.device)  # (B, longest)
         with machine.autocast():
             logits = network(x.clamp_min(0), attention_mask=(x >= 0).long()).logits[:, :-1].float()
         each = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], ignore_index=-1, reduction="none")     # (B, longest - 1)
-        losses[order[at:at + batch_size]] = each.double().sum(1).cpu()
+        losses[order[at:at + n]] = each.double().sum(1).cpu()
+        at += n
     return losses, counts
 
 
@@ -168,14 +186,16 @@ def mean(values: np.ndarray) -> dict:
 
 def of_all(statistic, tokens: np.ndarray) -> dict:
     """A statistic of all samples together. Drawing samples twice would repeat n-grams, so instead of a bootstrap: the
-    statistic of random halves, whose spread around their mean is that of the whole (delete-half jackknife)."""
+    statistic of random halves. A half drawn without replacement varies around the whole as the whole around the truth:
+    S^2 / (n/2) (1 - 1/2) = S^2 / n (delete-half jackknife)."""
     random, value = np.random.default_rng(0), statistic(tokens)
     halves = [statistic(tokens[random.permutation(len(tokens))[:len(tokens) // 2]]) for _ in range(50)]
     return measured(value, (value - 1.96 * np.std(halves), value + 1.96 * np.std(halves)))
 
 
-def judge(name: str, tokens: np.ndarray, **facts) -> dict:
-    """Everything about the tokens (n, L). What depends on their number is measured on as many as there are held-out."""
+def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
+    """Everything about the tokens (n, L), and for each scorer their entropies, nats and numbers of tokens, (n,) each. What
+    depends on the number of samples is measured on as many as there are held-out."""
     texts, equal = [encoding.decode(row) for row in tokens.tolist()], tokens[:len(held_out_tokens)]
     def kl(tokens):
         return metrics.unigram_kl(training_counts, np.bincount(tokens.ravel(), minlength=V))
@@ -186,16 +206,34 @@ def judge(name: str, tokens: np.ndarray, **facts) -> dict:
                distinct_4=of_all(lambda t: metrics.distinct_ngrams(t, 4), equal),
                rare_256=mean(metrics.rare_shares(tokens, training_counts, 256)),
                rare_2048=mean(metrics.rare_shares(tokens, training_counts, 2048)),
-               longest_copy=mean(copies), copied=mean(copies >= tokens.shape[1] // 2), different=metrics.distinct(tokens))
-    if dataset_name == "palindromes":
+               longest_copy=mean(copies), copied=mean(copies >= tokens.shape[1] // 2),
+               different=of_all(metrics.distinct, tokens))
+    if held_out.path.parent.name == "palindromes":
         row["valid"] = mean(metrics.palindromes(tokens))
+    scored = {}
     for scorer_name, score in scorers.items():
         losses, counts = score(tokens, texts)
+        scored[scorer_name] = metrics.sample_entropies(tokens), losses, counts
         row[f"perplexity {scorer_name}"] = measured(metrics.perplexity(losses, counts), metrics.bootstrap(
             np.stack([losses, counts], 1), metrics.perplexity))
     print("  ".join([f"{name:34.34}", *(f"{key} {row[key]['value']:.3g}" for key in row if isinstance(row[key], dict))]),
           flush=True)
-    return row
+    return row, scored
+
+
+def match(runs: list[tuple], entropy: float) -> dict | None:
+    """The perplexity at this entropy, from what a sweep over temperatures `scored`; its interval by drawing the samples of
+    every temperature anew. None where the sweep does not reach it."""
+    def at(runs):
+        found = metrics.entropy_matched([h.mean() for h, _, _ in runs], [math.log(metrics.perplexity(losses, counts))
+                                                                         for _, losses, counts in runs], entropy)
+        return math.nan if found is None else math.exp(found)
+    value, random = at(runs), np.random.default_rng(0)
+    if math.isnan(value):
+        return None
+    again = [at([tuple(x[i] for x in run) for run in runs for i in [random.integers(len(run[0]), size=len(run[0]))]])
+             for _ in range(500)]
+    return measured(value, np.nanquantile(again, [0.025, 0.975]).tolist())
 
 
 @torch.no_grad()
@@ -227,51 +265,55 @@ def likelihood(checkpoint: dict, net) -> dict | None:
 
 # ---------------------------------------------------------------- the program
 
-sources = source.split(",")
-checkpoints = {name: storage.load_checkpoint(name) for name in sources if name.endswith(".pt")}
-first = next(iter(checkpoints.values()), None)
-L = first["model_config"]["block_size"] if first else 0
-held_out, training = (Data(dataset, split, L or 64, seed) for split in ("val", "train"))
+sources, names = source.split(","), [name for name in scorer.split(",") if name and num_samples]
+checkpoints = {name: storage.load_checkpoint(name) for name in sources if name.endswith((".pt", ".ckpt"))}
+lengths = {checkpoint["model_config"]["block_size"] for checkpoint in checkpoints.values()} | ({block_size} - {0})
+if len(lengths) > 1:
+    common.fail(f"texts of {' and '.join(map(str, sorted(lengths)))} tokens cannot be judged together")
+L = lengths.pop() if lengths else Data.row_length(dataset) or 64
+held_out, training = (Data(dataset, split, L, seed) for split in ("val", "train"))
 for checkpoint in checkpoints.values():
     storage.require_same_vocabulary(checkpoint, held_out)
-L, V, dataset_name = held_out.L, held_out.meta["vocab_size"], held_out.path.parent.name
-encoding = storage.tokenizer.from_dict(held_out.tokenizer)
+V, encoding = held_out.meta["vocab_size"], storage.tokenizer.from_dict(held_out.tokenizer)
 held_out_tokens = held_out.rows(0, min(held_out.n_rows, num_samples or held_out.n_rows))
 packed = held_out.meta["row_length"]
-training_rows = np.asarray(training.tokens).reshape(-1, packed) if packed else np.asarray(training.tokens)
+training_rows = np.asarray(training.tokens[:copies_from // (packed or 1) * (packed or 1)]).reshape(-1, packed or 1)
+training_rows = training_rows if packed else training_rows.ravel()
 training_counts = np.bincount(training_rows.ravel(), minlength=V)
-wanted, sweep = common.parse_steps(steps), [float(word) for word in temperatures.split(",")]
-scorers = {os.path.basename(name): load_scorer(name) for name in scorer.split(",") if name} if num_samples else {}
+if len({os.path.basename(name) for name in names}) < len(names):
+    common.fail(f"scorer={scorer}: two of them have the same name")
+scorers = {os.path.basename(name.rstrip("/")): load_scorer(name) for name in names}
 
-rows = [judge("held-out text", held_out_tokens)] if num_samples else []
+rows = [judge("held-out text", held_out_tokens)[0]] if num_samples else []
 likelihoods, matched = {}, {}
 for name in sources:
     if name not in checkpoints:
-        rows.append(judge(name, read_texts(name, encoding, L)))
+        rows.append(judge(name, read_texts(name), source=name)[0])
         continue
     checkpoint = checkpoints[name]
-    net = storage.build_model(checkpoint, machine.device)
+    net, kind = storage.build_model(checkpoint, machine.device), checkpoint["kind"]
+    usual = ["argmax"] if kind in FLOWS else [1.0]
     for n_steps in wanted if num_samples else ():
-        runs = []
-        for temperature in sweep:
-            with machine.autocast() if checkpoint["kind"] != "ar" else contextlib.nullcontext():
+        drawn_at = []
+        for temperature in [word for word in sweep if word != "argmax" or kind in FLOWS] or usual:
+            with machine.autocast() if kind != "ar" else contextlib.nullcontext():  # a cache holds one type of number
                 tokens = texts_of(checkpoint, net, n_steps, temperature)
-            runs.append(judge(f"{checkpoint['kind']} {n_steps} steps, temperature {temperature:g}", tokens, kind=checkpoint["kind"], steps=n_steps, temperature=temperature))
-        rows += runs
-        for key in (f"perplexity {scorer_name}" for scorer_name in scorers):
-            at = metrics.entropy_matched([r["entropy"]["value"] for r in runs], [math.log(r[key]["value"]) for r in runs],
-                                         rows[0]["entropy"]["value"])
-            matched[f"{checkpoint['kind']} {n_steps} {key}"] = None if at is None else math.exp(at)
-            print(f"  {key} at the entropy of held-out text: {'not reached' if at is None else f'{math.exp(at):.4g}'}")
-    if bound:
-        found = likelihood(checkpoint, net)
-        if found:
-            likelihoods[checkpoint["kind"]] = found
-            print(f"{name}: held-out text has {'' if found['exact'] else 'at most '}{found['nats_per_token']['value']:.3f} "
-                  f"nats a token, {found['bits_per_character']['value']:.3f} bits a character, perplexity "
-                  f"{found['perplexity']['value']:.4g}")
+            row, scored = judge(f"{kind}, {n_steps} steps, {temperature}", tokens, source=name, kind=kind, steps=n_steps,
+                                temperature=temperature)
+            rows.append(row)
+            drawn_at += [scored] if temperature != "argmax" else []
+        for key in scorers if len(drawn_at) > 1 else ():
+            at = match([scored[key] for scored in drawn_at], rows[0]["entropy"]["value"])
+            matched.setdefault(name, {}).setdefault(str(n_steps), {})[key] = at
+            reached = f"{at['value']:.4g}" if at else "not reached"
+            print(f"  perplexity {key} at the entropy of held-out text: {reached}")
+    if bound and (found := likelihood(checkpoint, net)):
+        likelihoods[name] = found
+        print(f"{name}: held-out text has {'' if found['exact'] else 'at most '}{found['nats_per_token']['value']:.3f} "
+              f"nats a token, {found['bits_per_character']['value']:.3f} bits a character, perplexity "
+              f"{found['perplexity']['value']:.4g}")
 if out:
     kept = {key: value for key, value in settings.items() if key not in (*storage.PLACES, "source", "scorer", "out")}
-    record = dict(settings=kept, rows=rows, matched=matched, likelihoods=likelihoods)
+    record = dict(settings=kept, scorers=list(scorers), rows=rows, matched=matched, likelihoods=likelihoods)
     storage.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(f"wrote {out}")

@@ -1,16 +1,19 @@
 """The evidence: every model on the same text, transformer and number of tokens, measured the same way. `make evidence`.
 
-    python evidence.py --sets=palindromes                   # an hour and a half on two CPU cores
-    python evidence.py --scorer=SmolLM2-135M.gguf           # both sets, text also under a language model not ours: hours
+    python evidence.py --sets=palindromes                   # hours, on two CPU cores
+    python evidence.py --scorer=SmolLM2-135M.gguf           # both sets, text also under a language model not ours
     python evidence.py --report                             # no runs: table, figures and README from results/ as they are
+    python evidence.py --results=mine --readme=mine.md      # all of it anew, beside ours
 
 It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else. What is finished is never run again:
 a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be stopped at any time. The learning
-rate of every method is the best of the same three, by validation loss after a quarter of the steps (flows and baselines),
-or by what the distilled model is for (its headline number of steps) after a quarter of the distillation.
+rate of every method is the best of the same three, by validation loss after a quarter of the steps, or, for distilled
+models, by what they are for at their headline number of steps after a quarter of the distillation.
 """
 
 import json
+import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,25 +44,12 @@ SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
     "palindromes": dict(iters=1000, distill_iters=5500, position_std=0.2, rates=(1e-3, 3e-3, 1e-2), samples=2000,
-                        batch=128, optimizer="muon", temperatures="1"),
+                        batch=128, optimizer="muon", temperatures="argmax,1"),
     "pydocs": dict(iters=1500, distill_iters=1500, position_std=0.03, rates=(1e-3, 2e-3, 4e-3), samples=1000, batch=64,
-                   optimizer="adamw", temperatures="0.7,0.85,1")}
+                   optimizer="adamw", temperatures="argmax,0.6,0.8,1,1.2")}
 
 
 # ---------------------------------------------------------------- one run, once
-
-def run(log: Path, *words) -> float:
-    """A program of ours, its output in `log`; how many seconds it took. Ends with its error when it fails."""
-    words = [str(word) for word in words]
-    print(time.strftime("%H:%M:%S"), " ".join(words), flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with log.open("w") as file:
-        status = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode
-    if status:
-        common.fail(f"{words[0]} ended with status {status}; see {log}")
-    return time.perf_counter() - start
-
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
@@ -69,116 +59,166 @@ def write(path: Path, record: dict) -> None:
     storage.replace_file(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
-def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -> Path:
-    """The checkpoint of a model, trained now unless it is there: `share` of the steps, its learning rate as given."""
-    about, grid = SETS[dataset], "" if share == 1 else f"grid/{rate:g}"
-    folder = Path(work) / dataset / f"seed{seed}" / grid
+def run(log: Path, *words) -> bool:
+    """A program of ours, its output in `log`: whether it ended well. Ctrl-C lets it write its checkpoint, then ends us."""
+    words = [str(word) for word in words]
+    print(time.strftime("%H:%M:%S"), " ".join(words), flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT)
+        stopped = []
+        signal.signal(signal.SIGINT, lambda *_: stopped.append(True))           # the terminal tells the program as well
+        status = process.wait()
+    if stopped:
+        sys.exit(130)
+    return status == 0
+
+
+def require(ended_well: bool, log: Path) -> None:
+    if not ended_well:
+        common.fail(f"a run failed; its last words are in {log}")
+
+
+def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -> tuple[Path, dict]:
+    """The checkpoint of a model, trained now unless it is there: `share` of the steps, its learning rate as given. And about
+    its run: the words of the command, the seconds it took, with pauses left out, and whether it finished."""
+    about = SETS[dataset]
+    folder = Path(work) / dataset / f"seed{seed}" / (f"rate-{rate:g}" + ("-quarter" if share < 1 else ""))
     path = folder / name / "fmlm.pt" if TEACHER.get(name) == "flm" else folder / f"{name}.pt"
-    finished = path.with_suffix(".seconds")
-    if finished.exists():
-        return path
-    teacher = model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset)) if name in TEACHER else None
-    common_words = (f"--out_dir={path.parent}", f"--dataset={dataset}", f"--learning_rate={rate}", f"--seed={seed}")
+    teacher = model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[0] if name in TEACHER else None
+    words = [f"--out_dir={path.parent}", f"--dataset={dataset}", f"--learning_rate={rate}", f"--seed={seed}",
+             f"--max_iters={int((about['distill_iters'] if teacher else about['iters']) * share)}"]
     if name in TRAINED:
-        clean = () if name in ("flm", "mse", "noclock", "dense") else (f"--position_std={about['position_std']}",)
-        words = ("train.py", f"config/{dataset}.py", f"--method={name}", *clean, f"--max_iters={int(about['iters'] * share)}")
+        clean = [f"--position_std={about['position_std']}"] if name in ("ar", "mdlm", "duo") else []
+        words = ["train.py", f"config/{dataset}.py", f"--method={name}", *clean, *words]
     elif name in ("sdtt", "dcd"):
-        words = ("baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
-                 f"--optimizer={about['optimizer']}", f"--max_iters={int(about['distill_iters'] * share)}")
+        words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
+                 f"--optimizer={about['optimizer']}", *words]
     else:
-        objective = ("--objective=psd", "--self_distill") if name == "self" else (f"--objective={name}",)
-        words = ("distill.py", f"config/distill_{dataset}.py", *objective, f"--teacher={teacher}",
-                 f"--max_iters={int(about['distill_iters'] * share)}")
-    seconds = run(path.with_suffix(".log"), *words, *common_words, *(["--init_from=resume"] if path.exists() else []))
-    write(finished, dict(seconds=seconds))
-    return path
+        objective = ["--objective=psd", "--self_distill"] if name == "self" else [f"--objective={name}"]
+        words = ["distill.py", f"config/distill_{dataset}.py", *objective, f"--teacher={teacher}", *words]
+    about_run = path.with_suffix(".run.json")
+    record = read(about_run) or dict(words=words, seconds=0.0, finished=False)
+    if record["words"] != words:
+        common.fail(f"{path} was trained otherwise ({' '.join(record['words'])}); move it away")
+    if not record["finished"]:
+        start = time.perf_counter()
+        try:
+            resume = ["--init_from=resume"] if path.exists() else []
+            record["finished"] = run(path.with_suffix(".log"), *words, *resume)
+        finally:
+            record["seconds"] += time.perf_counter() - start
+            write(about_run, record)
+    return path, record
 
 
 def best_rate(name: str, dataset: str) -> float:
-    """The learning rate of the three that is best after a quarter of the steps, from results/<set>/rates.json."""
+    """The learning rate of the three that is best after a quarter of the steps, from results/<set>/rates.json. One with
+    which the run diverges counts as infinitely bad."""
     path = Path(results) / dataset / "rates.json"
     tried = read(path).get(name, {})
     for rate in SETS[dataset]["rates"]:
         if f"{rate:g}" not in tried:
-            checkpoint = model(name, dataset, 1, rate, 0.25)
-            tried[f"{rate:g}"] = quality(name, dataset, checkpoint)
+            checkpoint, record = model(name, dataset, 1, rate, 0.25)
+            tried[f"{rate:g}"] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
             write(path, read(path) | {name: tried})
+    if min(tried.values()) == math.inf:
+        common.fail(f"{name} diverges with every learning rate; see {work}")
     return float(min(tried, key=tried.get))
 
 
-def quality(name: str, dataset: str, checkpoint: Path) -> float:
-    """What `best_rate` makes small. For distilled models the share of invalid palindromes, or the perplexity under our
-    autoregressive model, at their headline number of steps: 8 for discrete models, 1 for flow maps."""
+def badness(name: str, dataset: str, checkpoint: Path) -> float:
+    """What `best_rate` makes small: the validation loss; for distilled models the share of invalid palindromes, or the
+    perplexity at the data's entropy under our autoregressive model, in 8 steps for discrete ones and 1 for flow maps."""
     if name in TRAINED:
         return storage.read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"]
-    found = checkpoint.with_suffix(".tried.json")
-    evaluate(checkpoint, dataset, 8 if name in ("sdtt", "dcd") else 1, "1", found)
-    row = read(found)["rows"][-1]
-    return 1 - row["valid"]["value"] if dataset == "palindromes" else row["perplexity ar.pt"]["value"]
+    steps, about = 8 if name in ("sdtt", "dcd") else 1, SETS[dataset]
+    record = evaluate(checkpoint, dataset, steps, about["temperatures"], ours_only=True)
+    value = score(dataset, record, steps)
+    return math.inf if value is None else -value["value"] if dataset == "palindromes" else value["value"]
 
 
-def evaluate(checkpoint: Path, dataset: str, steps: int, temperatures: str, out: Path) -> None:
-    judges = []
+def evaluate(checkpoint: Path, dataset: str, steps: int | str, temperatures: str, ours_only: bool = False) -> dict:
+    """What evaluate.py finds. Text is judged by our own autoregressive model, then by `scorer`."""
+    judges, out = [], checkpoint.with_suffix(".judged.json")
     if dataset != "palindromes":
-        judges = [str(model("ar", dataset, 1, best_rate("ar", dataset))), *([scorer] if scorer else [])]
-    run(checkpoint.with_suffix(".judged.log"), "evaluate.py", f"--source={checkpoint}", f"--dataset={dataset}",
-        f"--steps={steps}", f"--temperatures={temperatures}", f"--num_samples={SETS[dataset]['samples']}",
-        f"--scorer={','.join(judges)}", f"--bound={steps == 1}", f"--out={out}")
+        judges = [str(model("ar", dataset, 1, best_rate("ar", dataset))[0]), *([scorer] if scorer and not ours_only else [])]
+    log = checkpoint.with_suffix(".judged.log")
+    require(run(log, "evaluate.py", f"--source={checkpoint}", f"--dataset={dataset}", f"--steps={steps}",
+                f"--temperatures={temperatures}", f"--num_samples={SETS[dataset]['samples']}",
+                f"--scorer={','.join(judges)}", f"--bound={not ours_only}", f"--out={out}"), log)
+    return read(out)
 
 
 def measure(dataset: str) -> None:
     """All models of a set, the important ones first."""
-    run(Path(work) / f"{dataset}.log", f"data/{dataset}/prepare.py")
+    log = Path(work) / f"{dataset}.log"
+    require(run(log, f"data/{dataset}/prepare.py"), log)
     order = [("flm", 1), ("psd", 1), ("mdlm", 1), ("sdtt", 1), ("duo", 1), ("dcd", 1), ("ar", 1)]
     order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE]
     order += [(name, 1) for name in ("lsd", "esd", "self", "mse", "noclock", "dense")]
     for name, seed in order:
-        for steps in (STEPS if name != "ar" else (1,)):  # ar takes as many as the text has tokens
-            out = Path(results) / dataset / f"{name}-seed{seed}-{steps}.json"
-            if not out.exists():
-                rate = best_rate("flm" if name == "dense" else name, dataset)  # the same expected loss, more slowly
-                checkpoint = model(name, dataset, seed, rate)
-                evaluate(checkpoint, dataset, steps, SETS[dataset]["temperatures"], out)
-                write(out, read(out) | dict(training=read(checkpoint.with_suffix(".seconds")) | dict(learning_rate=rate)))
+        out = Path(results) / dataset / f"{name}-seed{seed}.json"
+        if not out.exists():
+            rate = best_rate("flm" if name == "dense" else name, dataset)       # the same expected loss, more slowly
+            checkpoint, training = model(name, dataset, seed, rate)
+            require(training["finished"], checkpoint.with_suffix(".log"))
+            steps = "1" if name == "ar" else ",".join(map(str, STEPS))          # ar takes as many as a text has tokens
+            record = evaluate(checkpoint, dataset, steps, SETS[dataset]["temperatures"])
+            seconds = training["seconds"]
+            if name in TEACHER:
+                seconds += model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[1]["seconds"]
+            write(out, record | dict(seconds=seconds, learning_rate=rate))
 
 
 # ---------------------------------------------------------------- the report
 
-def found(dataset: str, name: str, steps: int) -> list[dict]:
+def found(dataset: str, name: str) -> list[dict]:
     """The measurements of a model, one for each seed."""
-    files = (Path(results) / dataset / f"{name}-seed{seed}-{steps}.json" for seed in range(1, 100))
+    files = (Path(results) / dataset / f"{name}-seed{seed}.json" for seed in range(1, 100))
     return [read(file) for file in files if file.exists()]
 
 
-def score(dataset: str, record: dict) -> float | None:
-    """What a measurement comes to: the share of valid palindromes, or the perplexity under the last scorer at the entropy
-    of held-out text; None where the sweep over temperatures did not reach that."""
-    if dataset == "palindromes":
-        return record["rows"][-1]["valid"]["value"]
-    return list(record["matched"].values())[-1]
+def score(dataset: str, record: dict, steps: int) -> dict | None:
+    """What a measurement comes to, value, low and high: the share of valid palindromes, or the perplexity under the last
+    scorer at the entropy of held-out text. None where there is none, or the sweep over temperatures did not reach that."""
+    if dataset == "palindromes":  # the first row at these steps is the model's usual sampler
+        return next((row["valid"] for row in record["rows"] if row.get("steps") == steps), None)
+    by_scorer = next(iter(record["matched"].values()), {}).get(str(steps), {})
+    return by_scorer.get(record["scorers"][-1])
 
 
-def scores(dataset: str, name: str, steps: int) -> list[float]:
-    return [value for record in found(dataset, name, steps) if (value := score(dataset, record)) is not None]
+def scores(dataset: str, name: str, steps: int) -> tuple[list[float], float]:
+    """The values of all seeds, and the error of their mean: half its interval, or half of what the seeds differ by."""
+    have = [s for record in found(dataset, name) if (s := score(dataset, record, steps))]
+    values = [s["value"] for s in have]
+    if not values:
+        return [], math.inf
+    return values, max((max(values) - min(values)) / 2, max((s["high"] - s["low"]) / 2 for s in have) / len(have) ** 0.5)
 
 
 def entry(dataset: str, name: str, steps: int) -> str:
-    """The mean over seeds, in brackets the smallest and the largest."""
-    values, form = scores(dataset, name, steps), ".3f" if dataset == "palindromes" else ".0f"
+    """The mean over the seeds and its error; how many reached the entropy, where not all did; and the share of different
+    samples, where many are the same."""
+    (values, error), records = scores(dataset, name, steps), found(dataset, name)
+    records = [r for r in records if any(row.get("steps") == steps for row in r["rows"])]
     if not values:
-        return "no match" if found(dataset, name, steps) else ""
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
+        return "entropy not reached" if records else ""
+    form = ".3f" if dataset == "palindromes" else ".0f"
+    few = f", {len(values)} of {len(records)} seeds" if len(values) < len(records) else ""
+    different = min(next(row for row in r["rows"] if row.get("steps") == steps)["different"]["value"] for r in records)
+    same = f", {different:.2f} different" if different < 0.95 else ""
+    return f"{statistics.mean(values):{form}} ± {error:{form}}{few}{same}"
 
 
 def table(dataset: str) -> list[str]:
     lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, s |", "|---" * (len(STEPS) + 2) + "|"]
     for name, title in SHOWN.items():
-        records = [record for steps in STEPS for record in found(dataset, name, steps)]
-        if records:
+        if records := found(dataset, name):
             cells = [entry(dataset, name, steps) for steps in STEPS]
             cells[0] += " (one for each token)" if name == "ar" else ""
-            lines.append(f"| {title} | {' | '.join(cells)} | {records[0]['training']['seconds']:.0f} |")
+            seconds = statistics.mean(record["seconds"] for record in records)
+            lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.0f} |")
     return lines
 
 
@@ -192,40 +232,64 @@ CLAIMS = [  # of the paper: what is better or no worse, and than what, each a mo
 
 
 def verdicts(dataset: str) -> list[str]:
+    """A line for every claim. Ours is better, or worse, where it is by more than both errors together (as of independent
+    numbers); for "matches", which asks for no more than that, within the error is enough."""
     lines = []
+    sign = 1 if dataset == "palindromes" else -1                                # shares should be large, perplexities small
     for claim, ours, others in CLAIMS:
-        values = {pair: scores(dataset, *pair) for pair in (ours, *others)}
-        said = ", ".join(f"{SHOWN[name]} at {steps} {entry(dataset, name, steps) or 'not measured'}"
-                         for name, steps in values)
-        if not all(values.values()):
-            verdict = "not measured yet"
-        else:
-            sign = 1 if dataset == "palindromes" else -1                        # shares should be large, perplexities small
-            best = max(sign * statistics.mean(values[pair]) for pair in others)
-            verdict = "holds" if sign * statistics.mean(values[ours]) >= best else "does not hold"
+        said = ", ".join(f"{SHOWN[name]} at {steps}: {entry(dataset, name, steps) or 'not measured'}"
+                         for name, steps in (ours, *others))
+        values, error = scores(dataset, *ours)
+        verdict = "holds"
+        for pair in others:
+            theirs, their_error = scores(dataset, *pair)
+            if not values or not theirs:
+                measured = all(entry(dataset, *p) for p in (ours, *others))
+                verdict = "cannot be compared at equal entropy" if measured else "not measured yet"
+                break
+            lead = sign * (statistics.mean(values) - statistics.mean(theirs))
+            if lead < -math.hypot(error, their_error):
+                verdict = "does not hold"
+                break
+            if lead <= math.hypot(error, their_error) and "matches" not in claim:
+                verdict = "within the error"
         lines.append(f"- {claim}: **{verdict}** ({said})")
     return lines
 
 
-MEASURE = {"palindromes": "Palindromes, share of valid ones among 2,000 samples: larger is better",
-           "pydocs": "Python's prose, perplexity at the entropy of held-out text: smaller is better"}
 START, END = "<!-- from here on written by evidence.py -->", "<!-- up to here -->"
+
+
+def title_of(dataset: str) -> str:
+    files = [read(file) for file in sorted((Path(results) / dataset).glob("*-seed*.json"))]
+    samples = f"{SETS[dataset]['samples']:,} samples"
+    if dataset == "palindromes":
+        return f"Palindromes, share of valid ones among {samples}: larger is better"
+    judges = {record["scorers"][-1] for record in files}
+    if len(judges) > 1:
+        common.fail(f"{results}/{dataset} holds measurements under {' and '.join(sorted(judges))}; keep those of one")
+    return f"Python's prose, perplexity under {judges.pop()} at the entropy of held-out text, {samples}: smaller is better"
+
+
+def measured_sets() -> list[str]:
+    return [dataset for dataset in SETS if list((Path(results) / dataset).glob("*-seed*.json"))]
 
 
 def section() -> str:
     """What the README says, from the files in results/ alone."""
     parts = []
-    for dataset, title in MEASURE.items():
-        if list((Path(results) / dataset).glob("*-seed*.json")):
-            parts += [f"**{title}.**", "", *table(dataset), "", *verdicts(dataset), "",
-                      f"![quality against steps]({results}/{dataset}.png)", ""]
+    for dataset in measured_sets():
+        parts += [f"**{title_of(dataset)}.**", "", *table(dataset), "", *verdicts(dataset), "",
+                  f"![quality against steps, and against entropy]({results}/{dataset}.png)", ""]
     return "\n".join(parts)
 
 
 def write_readme() -> None:
-    before, rest = Path(readme).read_text().split(START)
-    text = f"{before}{START}\n{section()}{END}{rest.split(END)[1]}"
-    storage.replace_file(Path(readme), lambda file: file.write(text.encode()))
+    text = Path(readme).read_text() if Path(readme).exists() else START + END
+    if START not in text or END not in text:
+        common.fail(f"{readme} has no lines {START} and {END} to write between")
+    before, after = text.split(START)[0], text.split(END)[1]
+    storage.replace_file(Path(readme), lambda file: file.write(f"{before}{START}\n{section()}{END}{after}".encode()))
 
 
 def draw(dataset: str) -> None:
@@ -237,21 +301,24 @@ def draw(dataset: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    what = "valid" if dataset == "palindromes" else "perplexity"
     for i, (name, title) in enumerate(SHOWN.items()):
-        style = dict(color=plt.cm.tab20(i), marker="o", markersize=3, label=title)
-        points = [(steps, statistics.mean(values)) for steps in STEPS if (values := scores(dataset, name, steps))]
-        if points:
-            left.plot(*zip(*points), **style)
-        rows = [row for steps in STEPS for record in found(dataset, name, steps)[:1] for row in record["rows"][1:]]
+        records, color = found(dataset, name), plt.cm.tab20(i)
+        points = [(steps, statistics.mean(values)) for steps in STEPS if (values := scores(dataset, name, steps)[0])]
+        if points and name == "ar":  # as many evaluations as tokens, however it is asked
+            left.axhline(points[0][1], color=color, linestyle=":", label=title)
+        elif points:
+            left.plot(*zip(*points), "o-", markersize=3, color=color, label=title)
+        rows = [row for record in records[:1] for row in record["rows"][1:]]
         if rows:
-            key = "valid" if dataset == "palindromes" else [k for k in rows[0] if k.startswith("perplexity")][-1]
-            right.scatter([r["entropy"]["value"] for r in rows], [r[key]["value"] for r in rows], s=9,
-                          **{k: style[k] for k in ("color", "label")})
-    held_out = next(record["rows"][0] for record in map(read, (Path(results) / dataset).glob("*-seed*.json")))
-    right.axvline(held_out["entropy"]["value"], color="gray", linewidth=1, label="held-out text")
+            key = next(key for key in reversed(rows[0]) if key.startswith(what))
+            right.scatter([row["entropy"]["value"] for row in rows], [row[key]["value"] for row in rows], s=9, color=color)
+    held_out = next(record["rows"][0] for name in SHOWN for record in found(dataset, name))
+    right.axvline(held_out["entropy"]["value"], color="gray", linewidth=1)
     scale = "linear" if dataset == "palindromes" else "log"
-    left.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=MEASURE[dataset].split(":")[0].split(", ")[1])
-    right.set(yscale=scale, xlabel="entropy of a sample, nats", ylabel="valid" if scale == "linear" else "perplexity")
+    left.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=what)
+    left.set_xticks(STEPS, STEPS)
+    right.set(yscale=scale, xlabel="entropy of a sample, nats (line: held-out text)", ylabel=what)
     left.legend(fontsize=7)
     figure.tight_layout()
     storage.replace_file(Path(results) / f"{dataset}.png", lambda file: figure.savefig(file, dpi=110, format="png"))
@@ -261,7 +328,9 @@ for dataset in sets.split(","):
     common.require_choice("sets", dataset, SETS)
     if not report:
         measure(dataset)
-    if list((Path(results) / dataset).glob("*-seed*.json")):
-        draw(dataset)
+if not measured_sets():
+    common.fail(f"no measurements in {results}; leave out --report to make them")
+for dataset in measured_sets():
+    draw(dataset)
 write_readme()
 print(f"wrote {readme} and {results}/*.png from the measurements in {results}/")

@@ -96,7 +96,7 @@ def eulerian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor
     clock_speed = ((1 - s) * clock.dtau_dt(s)).to(tau_s.dtype)
     hidden, tangent = torch.func.jvp(lambda z, tau_s: differentiable(target)(z, tau_s, tau_t, attention="math"),
                                      (z, tau_s), (direction, clock_speed))
-    last = clock.t_of_tau(torch.full((1,), 1 - 1e-4, dtype=clock.t.dtype, device=z.device))  # (): looked up by the host
+    last = clock.t_of_tau(torch.full((1,), 1 - 1e-4, dtype=clock.t.dtype, device=z.device))  # (1,)
     factor = (t - s) / (1 - torch.minimum(t, last))
 
     def stay(denoised, hidden, tangent, factor):

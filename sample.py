@@ -65,15 +65,15 @@ E = net.embed.weight.detach()
 factor = noise_factor(E, E.size(1))  # the same kind of noise however many texts are asked for
 
 
-def generate(samples: range, n_steps: int, with_flow: bool) -> list[str]:
-    """The texts with these numbers. Each has its own random numbers."""
+def generate(samples: range, n_steps: int, with_flow: bool) -> list[list[int]]:
+    """The tokens of the texts with these numbers. Each has its own random numbers."""
     normal = common.sample_normals(common.mix(seed, 7), samples, L, machine.device)
     z0 = latent_noise(E, factor, normal)                                        # (B, L, d)
     if with_flow:
         tokens = sample_flow(flow if flow_steps else net, clock, z0, n_steps)
     else:
         tokens = sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal))
-    return [encoding.decode(row) for row in tokens.tolist()]                    # .tolist() waits for the device
+    return tokens.tolist()                                                      # waits for the device
 
 
 # ---------------------------------------------------------------- the samples
@@ -84,16 +84,16 @@ GROUP = 8  # texts in a network call, always, so that a text is the same however
 runs = [(n, not is_map) for n in wanted] + ([(flow_steps, True)] if flow_steps else [])
 records = []
 for n_steps, with_flow in runs:
-    texts, start = [], time.perf_counter()
+    rows, start = [], time.perf_counter()
     with machine.autocast():  # one for all groups: it casts every weight once
         for first in range(0, num_samples, GROUP):
-            texts += generate(range(first, first + GROUP), n_steps, with_flow)
-    seconds = (time.perf_counter() - start) / len(texts)
+            rows += generate(range(first, first + GROUP), n_steps, with_flow)
+    seconds = (time.perf_counter() - start) / len(rows)
     name = "FLM" if with_flow else "FMLM"
     print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups "
           f"of {GROUP}")
-    records += [dict(sample=i, model=name, steps=n_steps, text=text, seed=seed, gamma=gamma)
-                for i, text in enumerate(texts[:num_samples])]
+    records += [dict(sample=i, model=name, steps=n_steps, text=encoding.decode(row), tokens=row, seed=seed, gamma=gamma)
+                for i, row in enumerate(rows[:num_samples])]
 
 for i in range(num_samples):  # the same noise side by side
     print(f"\n==== sample {i + 1}")

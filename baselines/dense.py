@@ -29,18 +29,18 @@ def embed(x: Tensor, E: Tensor) -> Tensor:
         return x @ E
 
 
-def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, x0: Tensor) -> Tensor:
-    """Mean cross-entropy, nats a token: y (B, L), tau (B,), x0 (B, L, V)."""
+def flow_losses(model: Callable, clock: Clock, y: Tensor, tau: Tensor, x0: Tensor) -> Tensor:
+    """The cross-entropy of each token, nats, (B, L): y (B, L), tau (B,), x0 (B, L, V)."""
     x, x1 = mixture(x0, y, clock.t_of_tau(tau))
     log_p = model.head(model(embed(x, model.embed.weight), tau)).log_softmax(-1)
-    return -(x1 * log_p).sum(-1).mean()
+    return -(x1 * log_p).sum(-1)
 
 
 def loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`flow_loss` with its noise drawn here: the mean, to differentiate, and the same for each token, (B, L)."""
-    x0 = torch.randn(*y.shape, model.embed.num_embeddings, generator=random, device=y.device)
-    mean = flow_loss(model, clock, y, tau, x0)
-    return mean, mean.detach().expand(y.shape)
+    """With its noise drawn here: the mean, to differentiate, and each token's, (B, L)."""
+    losses = flow_losses(model, clock, y, tau, torch.randn(*y.shape, model.embed.num_embeddings, generator=random,
+                                                           device=y.device))
+    return losses.mean(), losses.detach()
 
 
 def semigroup_loss(student: Callable, teacher: Callable, clock: Clock, y: Tensor, tau_s: Tensor, tau_t: Tensor,

@@ -6,7 +6,8 @@ self-distillation through time, duo.pt into dcd.pt by discrete consistency disti
 
 In rounds, as published: the student begins as its teacher, learns to do in one step what the teacher does in several
 (baselines/mdlm.py, duo.py), and as it then is it becomes the teacher of the next round, with steps twice as long. Its
-moving average is what is sampled. After every round the checkpoint is written; --init_from=resume goes on with the next.
+moving average is what is sampled. After every round the checkpoint is written; --init_from=resume goes on from there, so
+that a run that is stopped loses at most the round it is in.
 """
 
 import copy
@@ -34,7 +35,9 @@ log_interval = 100
 batch_size = 64
 max_iters = 1500                 # optimizer steps, all rounds together
 learning_rate = 1e-3
-warmup_iters = 100               # then constant
+schedule = "cosine"              # over all rounds; constant as published
+min_lr = 2e-5
+warmup_iters = 100
 optimizer = "adamw"
 beta1 = 0.9
 beta2 = 0.95
@@ -49,8 +52,15 @@ settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 TEACHERS = {"sdtt": "mdlm", "dcd": "duo"}
 common.require_choice("method", method, TEACHERS)
+common.require_choice("optimizer", optimizer, ("adamw", "muon"))
+common.require_choice("schedule", schedule, ("constant", "cosine"))
 common.require_in(settings, "[1, inf)", "rounds", "batch_size", "max_iters", "log_interval")
 common.require_in(settings, "(0, 1)", "first_step")
+common.require_in(settings, "(0, inf)", "learning_rate")
+common.require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed")
+common.require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay")
+if max_iters < rounds:
+    common.fail(f"max_iters={max_iters} is less than one step for each of {rounds} rounds")
 
 machine = common.Machine(device, dtype)
 if machine.world > 1:
@@ -60,8 +70,8 @@ teacher = teacher or str(Path(out_dir) / f"{kind}.pt")
 source = storage.load_checkpoint(teacher, kind)
 data = Data(dataset, "train", source["model_config"]["block_size"], seed)
 storage.require_same_vocabulary(source, data)
-checkpoint = storage.load_resumable(path, method, init_from, settings, ("rounds", "first_step", "max_iters", "teacher",
-                                                                        *training.FIXED[:-2], "seed"), machine)
+fixed = ("rounds", "first_step", "max_iters", "optimizer", "beta1", "beta2", "weight_decay", "batch_size", "seed")
+checkpoint = storage.load_resumable(path, method, init_from, settings, fixed, machine)
 student = storage.build_model(checkpoint or source, machine.device, "model" if checkpoint else "ema")
 ema = copy.deepcopy(student).eval()
 optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
@@ -69,15 +79,15 @@ done, _ = storage.restore_run(checkpoint, ema, optimizers, machine, data) if che
 clock = storage.build_clock(student.config, source["clock_embedding_share"], machine.device)
 distillation_loss = importlib.import_module(f"baselines.{kind}").distillation_loss
 log = storage.Log(path, machine, bool(checkpoint), done * (max_iters // rounds), "", settings)
-progress = training.Progress(0, max_iters, batch_size * data.L)
+progress = training.Progress(done * (max_iters // rounds), max_iters, batch_size * data.L)
 training.announce(f"baseline {method}", student, machine, len(data.tokens), batch_size * data.L, max_iters, path, passes=5)
 
 for round_number in range(done, rounds):
     frozen = copy.deepcopy(student).eval()
     for i in range(max_iters // rounds):
         step = round_number * (max_iters // rounds) + i
-        training.set_learning_rate(optimizers, training.learning_rate_at(step, learning_rate, learning_rate, "constant",
-                                                                         warmup_iters, max_iters))
+        training.set_learning_rate(optimizers, training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters,
+                                                                         max_iters))
         y = machine.put(data.rows(step * batch_size, batch_size))               # (B, L)
         tau = machine.put(stratified(batch_size, common.generator(seed, 4, step)).float())      # (B,)
         random = common.generator(seed, 6, step, device=machine.device)
@@ -87,7 +97,8 @@ for round_number in range(done, rounds):
         training.optimizer_step(student, optimizers, machine, grad_clip)
         training.update_ema(ema, student, ema_decay, step)
         if progress.should_stop(machine):
-            sys.exit(f"stopped in round {round_number + 1}; continue with --init_from=resume")
+            print(f"stopped in round {round_number + 1}; --init_from=resume begins it anew", file=sys.stderr)
+            sys.exit(130)
         if (step + 1) % log_interval == 0:
             log.write(step + 1, loss=loss.item())
             print(f"round {round_number + 1}/{rounds}, step {step + 1}/{max_iters} | loss {loss.item():.4f} | "

@@ -49,6 +49,15 @@ class Data:
         spare = len(self.tokens) - self.n_rows * block_size
         self.shifts = 1 if packed else min(block_size, spare + 1)  # how many places the first cut can be at
 
+    @staticmethod
+    def row_length(dataset: str) -> int:
+        """Tokens in a row of a packed set; 0 for a continuous stream, and for what is no set."""
+        folder = Path(dataset) if os.path.isdir(dataset) else Path(__file__).parent / dataset
+        try:
+            return json.loads((folder / "meta.json").read_text())["row_length"] or 0
+        except (KeyError, OSError, TypeError, ValueError):
+            return 0  # the constructor says what is wrong
+
     def rows(self, first: int, count: int) -> np.ndarray:
         """Samples first .. first + count - 1 as (count, L) int64 token ids."""
         return np.stack([self.row(n) for n in range(first, first + count)])

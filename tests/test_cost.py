@@ -210,7 +210,7 @@ def test_dense_losses_are_ours():
     z0 = x0 @ student.embed.weight.detach()
     jumps = (y, tau_s, tau_t)
     for net, ours, textbook in [
-            (teacher, flow_loss(teacher, clock, y, tau_s, z0)[0], dense.flow_loss(teacher, clock, y, tau_s, x0)),
+            (teacher, flow_loss(teacher, clock, y, tau_s, z0)[0], dense.flow_losses(teacher, clock, y, tau_s, x0).mean()),
             (student, distillation_loss(student, student, teacher, clock, "psd", *jumps, z0, n)[0],
              dense.semigroup_loss(student, teacher, clock, *jumps, x0, n))]:
         assert torch.allclose(ours, textbook) and ours > 0.1
@@ -298,9 +298,9 @@ def test_bench_scaling_measures_one_point_after_another(tmp_path, monkeypatch):
         started.append(words[2:])
         return subprocess.CompletedProcess(words, 0, json.dumps(dict(seconds=[1, 3, 2], peak=2 ** 30, machine="here")))
     monkeypatch.setattr(subprocess, "run", start)
-    in_this_process(monkeypatch, "bench.py", "scaling", f"--out_dir={tmp_path}", *SMALL[1:7])
+    in_this_process(monkeypatch, "bench.py", "scaling", f"--out_dir={tmp_path}", *SMALL[1:7], "--turns=2")
     records = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
-    assert [words[0] for words in started] == ["train"] * 27 + ["sample"] * 7 and len(records) == 34
+    assert [words[0] for words in started] == (["train"] * 27 + ["sample"] * 7) * 2 and len(records) == 68
     assert not any(word.startswith("--command") for words in started for word in words)
     for words, record in zip(started, records):
         setting = {"V": "vocab_size", "steps": "sampling_steps"}.get(record["axis"], "batch_size")
@@ -309,13 +309,16 @@ def test_bench_scaling_measures_one_point_after_another(tmp_path, monkeypatch):
         assert (record["seconds"], record["peak_gib"]) == (2, 1)
 
 
-def test_bench_figure(tmp_path):
+def test_bench_figure(tmp_path, monkeypatch):
     settings = dict(n_layer=1, n_embd=16, block_size=8, vocab_size=50)
     (tmp_path / "scaling.jsonl").write_text("".join(
         json.dumps(dict(axis=axis, value=value, path="ours", seconds=1.0, peak_gib=1.0, settings=settings, where="here"))
         + "\n" for axis in ("V", "B L", "steps") for value in (1, 10)))
     run("bench.py", "plot", f"--out_dir={tmp_path}")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "scaling.jsonl").open("a") as file:
+        file.write(json.dumps(dict(axis="V", value=1, path="ours", settings=dict(settings, n_layer=2), where="here")) + "\n")
+    assert "measurements of different networks" in mistake(monkeypatch, "bench.py", "plot", f"--out_dir={tmp_path}")
 
 
 def test_bench_estimate():
