@@ -43,7 +43,7 @@ SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "
          "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
-    "palindromes": dict(iters=1000, distill_iters=5500, position_std=0.2, rates=(1e-3, 3e-3, 1e-2), samples=2000,
+    "palindromes": dict(iters=1000, distill_iters=5500, position_std=0.2, rates=(1e-3, 2e-3, 4e-3), samples=2000,
                         batch=128, optimizer="muon", temperatures="argmax,1"),
     "pydocs": dict(iters=1500, distill_iters=1500, position_std=0.03, rates=(1e-3, 2e-3, 4e-3), samples=1000, batch=64,
                    optimizer="adamw", temperatures="argmax,0.6,0.8,1,1.2")}
@@ -154,7 +154,7 @@ def measure(dataset: str) -> None:
     """All models of a set, the important ones first."""
     log = Path(work) / f"{dataset}.log"
     require(run(log, f"data/{dataset}/prepare.py"), log)
-    order = [("flm", 1), ("psd", 1), ("mdlm", 1), ("sdtt", 1), ("duo", 1), ("dcd", 1), ("ar", 1)]
+    order = [(name, 1) for name in ("flm", "mdlm", "duo", "ar", "psd", "sdtt", "dcd")]
     order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE]
     order += [(name, 1) for name in ("lsd", "esd", "self", "mse", "noclock", "dense")]
     for name, seed in order:

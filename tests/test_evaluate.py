@@ -189,8 +189,8 @@ def test_the_readme_follows_from_the_results(tmp_path):
 
 
 class Programs:
-    """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.01
-    diverges; 0.003 is best."""
+    """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.004
+    diverges; 0.002 is best."""
 
     def __init__(self, root):
         self.root, self.started, self.stop_at = root, [], None
@@ -202,17 +202,17 @@ class Programs:
             raise KeyboardInterrupt
         self.started.append(words[0])
         given = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        status = 1 if given.get("learning_rate") == "0.01" else 0
+        status = 1 if given.get("learning_rate") == "0.004" else 0
         if words[0] == "evaluate.py":
             rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
-            rows = [measurement(int(n), 0.9 - abs(rate - 0.003), 0.95)["rows"][1] for n in given["steps"].split(",")]
+            rows = [measurement(int(n), 0.9 - abs(rate - 0.002), 0.95)["rows"][1] for n in given["steps"].split(",")]
             Path(given["out"]).write_text(json.dumps(dict(rows=[dict(entropy=dict(value=2.0)), *rows], scorers=[])))
         elif "out_dir" in given and status == 0:
             name = given.get("method", "fmlm")
             folder = Path(given["out_dir"])
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.pt").touch()
-            loss = abs(float(given["learning_rate"]) - 0.003)
+            loss = abs(float(given["learning_rate"]) - 0.002)
             (folder / f"{name}.jsonl").write_text(json.dumps(dict(step=1, val_loss=loss)) + "\n")
         return SimpleNamespace(wait=lambda: status)
 
@@ -239,8 +239,8 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     assert programs.started.count("evaluate.py") == 12 + 19
     assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 18
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
-    assert rates["flm"]["0.01"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.003"
-    assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.003
+    assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
+    assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002
     go()
     assert len(programs.started) == once + 1                                    # prepare.py, which looks for itself
     assert "FMLM, PSD" in (tmp_path / "mine.md").read_text()
