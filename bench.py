@@ -5,6 +5,7 @@
     python bench.py distill                                        # of a distillation step
     python bench.py sample --batch_size=1                          # one-step text against a decoder with a KV cache
     python bench.py head                                           # of the loss and its gradient alone, in four ways
+    python bench.py average                                        # of the average embedding that a sampling step needs
     python bench.py scaling                                        # against V, against B L, against steps: an hour
     python bench.py plot                                           # the scaling as a figure, out_dir/scaling.png
     python bench.py --estimate                                     # on paper: what an H100 would need
@@ -16,7 +17,7 @@ The paths:
     floor    the same transformer as a plain classifier of clean tokens: what any language model of this size must pay
     whole    the floor with all logits at once, (B, L, V), as most language models are trained
     ar       sampling only: the same transformer decoding one token after the other with a cache of keys and values
-    checkpointed, builtin    the head only: other ways to hold no (B, L, V), see baselines/heads.py
+    checkpointed, builtin, online    the head only: other ways to hold no (B, L, V), see baselines/heads.py
 
 Every path runs in fresh processes of its own, for its peak memory; they take turns, in an order that is reversed every
 time, so that a drift of the machine hits all alike. A path's time is the median over all its steps, a ratio is that of
@@ -43,7 +44,7 @@ import common
 import storage
 import training
 from baselines import ar, dense, heads
-from flow import SLICE, Clock, cross_entropy, flow_loss, latent_noise, noise_factor
+from flow import SLICE, Clock, cross_entropy, expected_embedding, flow_loss, latent_noise, noise_factor
 from flowmap import distillation_loss, off_diagonal_times, sample_flow_map
 from model import FlowTransformer, ModelConfig
 
@@ -76,7 +77,7 @@ seed = 1
 worker = ""                      # set by bench.py itself, in the process that measures this path
 
 COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar",
-            "head": "ours,checkpointed,builtin,whole", "scaling": "", "plot": ""}  # and the paths of each
+            "head": "ours,checkpointed,builtin,whole", "average": "ours,online", "scaling": "", "plot": ""}  # and the paths of each
 _words = sys.argv[1:]
 _command = _words.pop(0) if _words and not _words[0].startswith("-") else ""    # the underscores: these are no settings
 settings = common.configure(globals(), _words)
@@ -196,7 +197,20 @@ def head_step(path, machine):
     return step
 
 
-STEPS = {"train": training_step, "distill": training_step, "sample": sampling_step, "head": head_step}
+def average_step(path, machine):
+    """A function that averages the embedding once, in slices of tokens (ours) or of the vocabulary (online)."""
+    model = network(machine)
+    E, hidden = model.embed.weight.detach(), torch.randn(batch_size, block_size, n_embd, device=machine.device)
+    average = expected_embedding if path == "ours" else heads.online
+
+    def step():
+        with machine.autocast():
+            return average(model.head, hidden, E)
+    return step
+
+
+STEPS = {"train": training_step, "distill": training_step, "sample": sampling_step, "head": head_step,
+         "average": average_step}
 
 
 def measure(path) -> None:

@@ -6,6 +6,9 @@ for V = 50,257 and what they compute differs:
     whole         all logits at once, three products with the vocabulary (forward and two backward);
     checkpointed  the logits of a slice of tokens, made again in the backward pass: four products;
     builtin       PyTorch's own F.linear_cross_entropy in chunks: no cap on the logits, no moving target without gradient.
+
+And for sampling another way than flow.expected_embedding to average the embedding (bench.py average): `online`, a slice of
+the vocabulary at a time instead of a slice of tokens.
 """
 
 import torch
@@ -13,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flow import slices
+from flow import SLICE, slices
+from model import cap
 
 
 def whole(head: nn.Module, hidden: Tensor, y: Tensor) -> Tensor:
@@ -34,3 +38,19 @@ def builtin(head: nn.Module, hidden: Tensor, y: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     return F.linear_cross_entropy(hidden.flatten(0, 1).to(dtype), head.weight.to(dtype), y.flatten(),
                                   linear_bias=head.bias.to(dtype), options=torch.nn.LinearCrossEntropyOptions()).float()
+
+
+@torch.no_grad()
+def online(head: nn.Module, hidden: Tensor, E: Tensor) -> Tensor:
+    """D E (B, L, d) from hidden (B, L, d), E (V, d): the largest logit so far, the sum of exponentials relative to it and
+    their sum weighted by E are corrected as larger logits come up (online softmax)."""
+    h = hidden.flatten(0, 1)                                                    # (B L, d)
+    largest, total, weighted = h.new_full((len(h), 1), -torch.inf, dtype=E.dtype), 0.0, 0.0
+    step = max(1, SLICE // len(h))
+    for W, b, rows in zip(head.weight.split(step), head.bias.split(step), E.split(step)):
+        logits = cap(F.linear(h, W, b).to(E.dtype), head.softcap)               # (B L, step)
+        before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
+        p, shrink = (logits - largest).exp_(), (before - largest).exp()
+        total = total * shrink + p.sum(-1, keepdim=True)
+        weighted = weighted * shrink + (p @ rows).to(E.dtype)
+    return (weighted / total).unflatten(0, hidden.shape[:2])

@@ -233,6 +233,15 @@ def test_other_heads_are_ours(name, monkeypatch):
         assert torch.allclose(a, b, atol=1e-8)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_online_average_is_ours(softcap, monkeypatch):
+    """Over slices of seven of the forty tokens, the largest logit now in this one, now in that."""
+    net, hidden = network(logit_softcap=softcap).double(), 5 * torch.randn(4, 8, 16).double()
+    expected = flow.expected_embedding(net.head, hidden, net.embed.weight)
+    monkeypatch.setattr(heads, "SLICE", 7 * 32)
+    assert torch.allclose(heads.online(net.head, hidden, net.embed.weight), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("learned_positions", [False, True])
 def test_decoder_with_a_cache_is_the_network_under_a_causal_mask(learned_positions):
     net, tokens = network(learned_positions=learned_positions).requires_grad_(False), torch.randint(40, (3, 8))
@@ -277,7 +286,8 @@ SMALL = ["--vocab_size=50", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_tim
 
 
 @pytest.mark.parametrize("command, paths", [("train", "ours,dense,floor,whole"), ("distill", "ours,dense,floor"),
-                                            ("sample", "ours,ar"), ("head", "ours,checkpointed,builtin,whole")])
+                                            ("sample", "ours,ar"), ("head", "ours,checkpointed,builtin,whole"),
+                                            ("average", "ours,online")])
 def test_bench_measures(command, paths, tmp_path):
     out = run("bench.py", command, *SMALL, f"--paths={paths}", f"--out_dir={tmp_path}")
     record, = (json.loads(line) for line in (tmp_path / f"{command}.jsonl").read_text().splitlines())
@@ -332,8 +342,8 @@ def test_bench_estimate():
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["race"], "bench.py race: choose train, distill, sample, head, scaling, plot or --estimate"),
-    ([], "choose train, distill, sample, head, scaling, plot or --estimate"),
+    (["race"], "bench.py race: choose train, distill, sample, head, average, scaling, plot or --estimate"),
+    ([], "choose train, distill, sample, head, average, scaling, plot or --estimate"),
     (["train", "--paths=ours,ar"], "paths=ar: choose ours, dense, floor, whole"),
     (["sample", "--paths=dense"], "paths=dense: choose ours, ar"),
     (["head", "--paths=floor"], "paths=floor: choose ours, checkpointed, builtin, whole"),
