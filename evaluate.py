@@ -133,7 +133,8 @@ def load_scorer(name: str):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        common.fail("a scorer that is not ours needs transformers; run: pip install transformers (and gguf for a .gguf)")
+        common.fail("a scorer that is not ours needs transformers; run: pip install transformers (and gguf for a .gguf); "
+                    "--scorer= for none")
     file = dict(gguf_file=os.path.basename(name)) if name.endswith(".gguf") else {}
     folder = os.path.dirname(name) or "." if file else name
     try:

@@ -78,6 +78,45 @@ def test_scored_likelihood_is_the_validation_loss(trained, tmp_path):
     assert record["likelihoods"][str(out / "ar.pt")]["nats_per_token"]["value"] == pytest.approx(nats, rel=1e-4)
 
 
+class Foreign(torch.nn.Module):
+    """A causal model as transformers has them: the logits of the next byte depend on this one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.config = torch.randn(128, 128, generator=torch.Generator().manual_seed(5)), SimpleNamespace(
+            max_position_embeddings=7)
+
+    def forward(self, ids, attention_mask):
+        return SimpleNamespace(logits=self.table[ids])
+
+
+def test_a_foreign_scorer_sees_text_in_its_own_tokens(trained, tmp_path, monkeypatch):
+    """Begin-of-text first, six tokens at most, texts of any length in one batch."""
+    out, data, _ = trained
+
+    def tokenizer(text, add_special_tokens):
+        assert not add_special_tokens
+        return dict(input_ids=[ord(c) for c in text.replace("th", "T")])       # texts of different lengths
+    tokenizer.bos_token_id, tokenizer.eos_token_id = 1, 2
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
+        AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: tokenizer),
+        AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda name, dtype: Foreign())))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--source={out / 'ar.pt'}", f"--dataset={data}", "--num_samples=20",
+                                      "--scorer=some/lm", f"--out={tmp_path / 'rows.json'}", "--device=cpu",
+                                      "--dtype=float32"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evaluate.py", run_name="__main__")
+    row = json.loads((tmp_path / "rows.json").read_text())["rows"][0]
+    held_out = Data(str(data), "val", 8, 1)
+    encoding, log_p = storage.tokenizer.from_dict(held_out.tokenizer), Foreign().table.log_softmax(-1)
+    nats, count = 0.0, 0
+    for tokens in held_out.rows(0, 20).tolist():
+        ids = [1] + [ord(c) for c in encoding.decode(tokens).replace("th", "T")][:6]
+        nats -= sum(log_p[a, b].item() for a, b in zip(ids, ids[1:]))
+        count += len(ids) - 1
+    assert row["perplexity lm"]["value"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+
+
 def test_texts_of_a_file_are_judged_like_those_of_the_checkpoint(trained, tmp_path):
     out, data, _ = trained
     quick_run("sample.py", f"--out_dir={out}", "--steps=2", "--num_samples=12", f"--out={tmp_path / 'texts.jsonl'}",
