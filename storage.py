@@ -135,7 +135,11 @@ def find_checkpoint(out_dir: Path, model: str, init_from: str = "", trust: bool 
     "flm" asks for that kind."""
     require_choice("model", model, ("auto", "flm", "fmlm"))
     if init_from:
-        return load_checkpoint(init_from, "" if model == "auto" else model, trust)
+        checkpoint = load_checkpoint(init_from, "" if model == "auto" else model, trust)
+        if checkpoint["kind"] not in KINDS:
+            fail(f"{init_from} is a baseline ({checkpoint['kind']}), which sample.py would read as a flow; evaluate.py "
+                 f"samples it")
+        return checkpoint
     flow, flow_map = out_dir / "flm.pt", out_dir / "fmlm.pt"
     if model == "auto" and flow.exists() and not flow_map.exists():
         print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens of steps", file=sys.stderr)

@@ -178,6 +178,7 @@ def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypa
     (["baselines/distill.py", "--max_iters=4"], "max_iters=4 is less than one step for each of 5 rounds"),
     (["baselines/distill.py", "--optimizer=adam"], "optimizer=adam: choose adamw, muon"),
     (["evidence.py", "--report", "--results=nowhere"], "no measurements in nowhere; leave out --report"),
+    (["sample.py", "--init_from=OUT/mdlm.pt"], "is a baseline (mdlm), which sample.py would read as a flow; evaluate.py"),
     (["train.py", "--method=gan"], "method=gan: choose flm, ar, mdlm, duo, dense, mse, noclock"),
     (["baselines/distill.py", "--method=psd"], "method=psd: choose sdtt, dcd"),
     (["baselines/distill.py", "--teacher=OUT/flm.pt"], "what is needed here is a baseline (mdlm)"),
