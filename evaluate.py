@@ -45,10 +45,12 @@ block_size = 0                   # tokens in a text; 0 = those of the checkpoint
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 temperatures = ""                # guesses are softmax(logits / temperature); several as argmax,0.8,1; "" = argmax or 1
 gamma = 0.0                      # flow map only: as in sample.py
+sweep_samples = 0                # first look with so many which temperatures have the data's entropy between them; 0 = keep all
 num_samples = 1000               # of a checkpoint; 0 = none
 batch_size = 100                 # texts made together
 copies_from = 10_000_000         # training tokens that copies are looked for in, from the start
 scorer = "gpt2-large"            # what transformers loads (a name, a folder, a .gguf) or an ar.pt; several with commas
+scorer_samples = 0               # a model not ours reads so many of the texts, which is slow; 0 = all
 bound = False                    # also the likelihood of held-out text under the checkpoints that have one
 out = ""                         # also write the rows here, .json
 device = "auto"
@@ -57,7 +59,7 @@ seed = 1
 
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
-common.require_in(settings, "[0, inf)", "num_samples", "seed", "block_size")
+common.require_in(settings, "[0, inf)", "num_samples", "sweep_samples", "scorer_samples", "seed", "block_size")
 common.require_in(settings, "[1, inf)", "batch_size", "copies_from")
 common.require_in(settings, "[0, 1]", "gamma")
 if num_samples == 1:
@@ -77,30 +79,43 @@ FILES = {"sdtt": "mdlm", "dcd": "duo"}                   # where distilled basel
 
 # ---------------------------------------------------------------- texts
 
-def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str) -> np.ndarray:
-    """Tokens (num_samples, L) of a checkpoint, at a temperature or, of a flow, by "argmax"."""
+def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, number: int) -> np.ndarray:
+    """Tokens (number, L) of a checkpoint, at a temperature or, of a flow, by "argmax"."""
     kind = checkpoint["kind"]
     clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
     clock = noclock.NoClock(clock) if kind == "noclock" else clock
     E, rows = net.embed.weight.detach(), []
     factor = noise_factor(E, E.size(1))
-    for first in range(0, num_samples, batch_size):
-        B = min(batch_size, num_samples - first)
+    precision = machine.autocast if kind != "ar" else contextlib.nullcontext     # a cache holds one type of number
+    for first in range(0, number, batch_size):
+        B = min(batch_size, number - first)
         random = common.generator(seed, 9, first, device=machine.device)
         if kind not in FLOWS:
             sample = importlib.import_module(f"baselines.{FILES.get(kind, kind)}").sample
-            rows.append(sample(net, clock, B, L, n_steps, random, temperature))
+            with precision():
+                rows.append(sample(net, clock, B, L, n_steps, random, temperature))
             continue
         normal = common.sample_normals(common.mix(seed, 7), range(first, first + B), L, machine.device)
         last = most_likely if temperature == "argmax" else functools.partial(drawn, random=random)
         net.head.temperature = 1.0 if temperature == "argmax" else temperature
         z0 = latent_noise(E, factor, normal)
-        if kind == "fmlm":
-            rows.append(sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal), last))
-        else:
-            rows.append(sample_flow(net, clock, z0, n_steps, last))
+        with precision():
+            rows.append(sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal), last)
+                        if kind == "fmlm" else sample_flow(net, clock, z0, n_steps, last))
     net.head.temperature = 1.0
     return torch.cat(rows).cpu().numpy()
+
+
+def near(checkpoint: dict, net, n_steps: int, chosen: list, usual: list) -> list:
+    """Of the chosen temperatures the usual one, and those that a first look finds around the entropy of held-out text."""
+    drawn_at = sorted(word for word in chosen if word != "argmax")
+    if len(drawn_at) < 3:
+        return chosen
+    looks = [metrics.sample_entropies(texts_of(checkpoint, net, n_steps, temperature, sweep_samples))
+             for temperature in drawn_at]
+    around = metrics.around(drawn_at, [h.mean() for h in looks], rows[0]["entropy"]["value"],
+                            2 * max(h.std() for h in looks) / sweep_samples ** 0.5)
+    return [word for word in chosen if word in usual and word not in around] + around
 
 
 def read_texts(path: str) -> np.ndarray:
@@ -195,8 +210,8 @@ def of_all(statistic, tokens: np.ndarray) -> dict:
 
 
 def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
-    """Everything about the tokens (n, L), and for each scorer their entropies, nats and numbers of tokens, (n,) each. What
-    depends on the number of samples is measured on as many as there are held-out."""
+    """Everything about the tokens (n, L), and for each scorer their entropies, (n,), and nats and numbers of tokens of
+    those it read. What depends on the number of samples is measured on as many as there are held-out."""
     texts, equal = [encoding.decode(row) for row in tokens.tolist()], tokens[:len(held_out_tokens)]
     def kl(tokens):
         return metrics.unigram_kl(training_counts, np.bincount(tokens.ravel(), minlength=V))
@@ -213,7 +228,8 @@ def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
         row["valid"] = mean(metrics.palindromes(tokens))
     scored = {}
     for scorer_name, score in scorers.items():
-        losses, counts = score(tokens, texts)
+        read = slice(None if scorer_name.endswith(".pt") else scorer_samples or None)
+        losses, counts = score(tokens[read], texts[read])
         scored[scorer_name] = metrics.sample_entropies(tokens), losses, counts
         row[f"perplexity {scorer_name}"] = measured(metrics.perplexity(losses, counts), metrics.bootstrap(
             np.stack([losses, counts], 1), metrics.perplexity))
@@ -232,8 +248,11 @@ def match(runs: list[tuple], entropy: float) -> dict | None:
     value, random = at(runs), np.random.default_rng(0)
     if math.isnan(value):
         return None
-    again = [at([tuple(x[i] for x in run) for run in runs for i in [random.integers(len(run[0]), size=len(run[0]))]])
-             for _ in range(500)]
+    def drawn_anew(entropies, losses, counts):
+        i = random.integers(len(entropies), size=len(entropies))
+        j = i if len(losses) == len(i) else random.integers(len(losses), size=len(losses))
+        return entropies[i], losses[j], counts[j]
+    again = [at([drawn_anew(*run) for run in runs]) for _ in range(500)]
     return measured(value, np.nanquantile(again, [0.025, 0.975]).tolist())
 
 
@@ -295,10 +314,9 @@ for name in sources:
     net, kind = storage.build_model(checkpoint, machine.device), checkpoint["kind"]
     usual = ["argmax"] if kind in FLOWS else [1.0]
     for n_steps in wanted if num_samples else ():
-        drawn_at = []
-        for temperature in [word for word in sweep if word != "argmax" or kind in FLOWS] or usual:
-            with machine.autocast() if kind != "ar" else contextlib.nullcontext():  # a cache holds one type of number
-                tokens = texts_of(checkpoint, net, n_steps, temperature)
+        drawn_at, chosen = [], [word for word in sweep if word != "argmax" or kind in FLOWS] or usual
+        for temperature in near(checkpoint, net, n_steps, chosen, usual) if sweep_samples else chosen:
+            tokens = texts_of(checkpoint, net, n_steps, temperature, num_samples)
             row, scored = judge(f"{kind}, {n_steps} steps, {temperature}", tokens, source=name, kind=kind, steps=n_steps,
                                 temperature=temperature)
             rows.append(row)

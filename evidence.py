@@ -36,17 +36,20 @@ globals().update(settings)
 common.require_in(settings, "[1, inf)", "seeds")
 
 STEPS = (1, 2, 4, 8, 16, 32, 128)
-HEADLINE = ("flm", "mdlm", "duo", "psd", "sdtt", "dcd")
+HEADLINE = {"flm": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt": 8, "dcd": 8}    # and the steps they are compared at
 TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense")
 SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM", "psd": "FMLM, PSD",
          "lsd": "FMLM, LSD", "esd": "FMLM, ESD", "self": "FMLM, PSD without a teacher", "mse": "FLM, squared error",
          "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
+EQUAL_TIME = {"mdlm": "flm", "duo": "flm", "sdtt": "psd", "dcd": "psd"}    # also trained for as many seconds as theirs
+RATES = (1e-3, 2e-3, 4e-3)
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
-    "palindromes": dict(iters=1000, distill_iters=5500, position_std=0.2, rates=(1e-3, 2e-3, 4e-3), samples=2000,
-                        batch=128, optimizer="muon", temperatures="argmax,1"),
-    "pydocs": dict(iters=1500, distill_iters=1500, position_std=0.03, rates=(1e-3, 2e-3, 4e-3), samples=1000, batch=64,
-                   optimizer="adamw", temperatures="argmax,0.6,0.8,1,1.2")}
+    "palindromes": dict(iters=1000, distill_iters=5500, position_std=0.2, samples=2000, batch=128, optimizer="muon",
+                        shape=(), judging=("--temperatures=argmax,1",)),
+    "pydocs": dict(iters=1500, distill_iters=1500, position_std=0.03, samples=1000, batch=64, optimizer="adamw",
+                   shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
+                   judging=("--temperatures=argmax,0.6,0.7,0.8,0.9,1,1.1,1.2", "--sweep_samples=200", "--scorer_samples=250"))}
 
 
 # ---------------------------------------------------------------- one run, once
@@ -80,17 +83,18 @@ def require(ended_well: bool, log: Path) -> None:
 
 
 def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -> tuple[Path, dict]:
-    """The checkpoint of a model, trained now unless it is there: `share` of the steps, its learning rate as given. And about
-    its run: the words of the command, the seconds it took, with pauses left out, and whether it finished."""
+    """The checkpoint of a model, trained now unless it is there: `share` of the steps, its learning rate as given (of a
+    distilled model, not of its teacher). And about its run: the words of the command, the seconds it took, with pauses left out, and whether it finished."""
     about = SETS[dataset]
-    folder = Path(work) / dataset / f"seed{seed}" / (f"rate-{rate:g}" + ("-quarter" if share < 1 else ""))
+    part = {1: "", 0.25: "-quarter"}.get(share, "-equal-time")
+    folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
     path = folder / name / "fmlm.pt" if TEACHER.get(name) == "flm" else folder / f"{name}.pt"
     teacher = model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[0] if name in TEACHER else None
     words = [f"--out_dir={path.parent}", f"--dataset={dataset}", f"--learning_rate={rate}", f"--seed={seed}",
              f"--max_iters={int((about['distill_iters'] if teacher else about['iters']) * share)}"]
     if name in TRAINED:
         clean = [f"--position_std={about['position_std']}"] if name in ("ar", "mdlm", "duo") else []
-        words = ["train.py", f"config/{dataset}.py", f"--method={name}", *clean, *words]
+        words = ["train.py", f"config/{dataset}.py", f"--method={name}", *about["shape"], *clean, *words]
     elif name in ("sdtt", "dcd"):
         words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
                  f"--optimizer={about['optimizer']}", *words]
@@ -117,7 +121,7 @@ def best_rate(name: str, dataset: str) -> float:
     which the run diverges counts as infinitely bad."""
     path = Path(results) / dataset / "rates.json"
     tried = read(path).get(name, {})
-    for rate in SETS[dataset]["rates"]:
+    for rate in RATES:
         if f"{rate:g}" not in tried:
             checkpoint, record = model(name, dataset, 1, rate, 0.25)
             tried[f"{rate:g}"] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
@@ -132,20 +136,20 @@ def badness(name: str, dataset: str, checkpoint: Path) -> float:
     perplexity at the data's entropy under our autoregressive model, in 8 steps for discrete ones and 1 for flow maps."""
     if name in TRAINED:
         return storage.read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"]
-    steps, about = 8 if name in ("sdtt", "dcd") else 1, SETS[dataset]
-    record = evaluate(checkpoint, dataset, steps, about["temperatures"], ours_only=True)
+    steps = HEADLINE.get(name, 1)
+    record = evaluate(checkpoint, dataset, steps, ours_only=True)
     value = score(dataset, record, steps)
     return math.inf if value is None else -value["value"] if dataset == "palindromes" else value["value"]
 
 
-def evaluate(checkpoint: Path, dataset: str, steps: int | str, temperatures: str, ours_only: bool = False) -> dict:
+def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool = False) -> dict:
     """What evaluate.py finds. Text is judged by our own autoregressive model, then by `scorer`."""
     judges, out = [], checkpoint.with_suffix(".judged.json")
     if dataset != "palindromes":
         judges = [str(model("ar", dataset, 1, best_rate("ar", dataset))[0]), *([scorer] if scorer and not ours_only else [])]
     log = checkpoint.with_suffix(".judged.log")
     require(run(log, "evaluate.py", f"--source={checkpoint}", f"--dataset={dataset}", f"--steps={steps}",
-                f"--temperatures={temperatures}", f"--num_samples={SETS[dataset]['samples']}",
+                f"--num_samples={SETS[dataset]['samples']}", *SETS[dataset]["judging"],
                 f"--scorer={','.join(judges)}", f"--bound={not ours_only}", f"--out={out}"), log)
     return read(out)
 
@@ -157,18 +161,26 @@ def measure(dataset: str) -> None:
     order = [(name, 1) for name in ("flm", "mdlm", "duo", "ar", "psd", "sdtt", "dcd")]
     order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE]
     order += [(name, 1) for name in ("lsd", "esd", "self", "mse", "noclock", "dense")]
-    for name, seed in order:
+    for name, seed in [*order, *((f"{name}-equal", 1) for name in EQUAL_TIME)]:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
         if not out.exists():
+            name, equal = name.removesuffix("-equal"), name.endswith("-equal")
             rate = best_rate("flm" if name == "dense" else name, dataset)       # the same expected loss, more slowly
-            checkpoint, training = model(name, dataset, seed, rate)
+            checkpoint, training = model(name, dataset, seed, rate, equal_time(dataset, name) if equal else 1)
             require(training["finished"], checkpoint.with_suffix(".log"))
             steps = "1" if name == "ar" else ",".join(map(str, STEPS))          # ar takes as many as a text has tokens
-            record = evaluate(checkpoint, dataset, steps, SETS[dataset]["temperatures"])
+            record = evaluate(checkpoint, dataset, HEADLINE[name] if equal else steps)
             seconds = training["seconds"]
             if name in TEACHER:
                 seconds += model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[1]["seconds"]
             write(out, record | dict(seconds=seconds, learning_rate=rate))
+
+
+def equal_time(dataset: str, name: str) -> float:
+    """How many times as long `name` can be trained in the seconds of its rival; its teacher is what it was."""
+    own, rival = (found(dataset, other)[0]["seconds"] for other in (name, EQUAL_TIME[name]))
+    taught = found(dataset, TEACHER[name])[0]["seconds"] if name in TEACHER else 0
+    return (rival - taught) / (own - taught)
 
 
 # ---------------------------------------------------------------- the report
@@ -212,13 +224,17 @@ def entry(dataset: str, name: str, steps: int) -> str:
 
 
 def table(dataset: str) -> list[str]:
-    lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, s |", "|---" * (len(STEPS) + 2) + "|"]
+    lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, s | at equal time |",
+             "|---" * (len(STEPS) + 3) + "|"]
     for name, title in SHOWN.items():
         if records := found(dataset, name):
             cells = [entry(dataset, name, steps) for steps in STEPS]
             cells[0] += " (one for each token)" if name == "ar" else ""
             seconds = statistics.mean(record["seconds"] for record in records)
-            lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.0f} |")
+            equal = f"{name}-equal"
+            longer = found(dataset, equal) and (f"{entry(dataset, equal, HEADLINE[name])} at {HEADLINE[name]}, "
+                                                f"as long as {SHOWN[EQUAL_TIME[name]]}")
+            lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
     return lines
 
 

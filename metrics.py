@@ -186,3 +186,12 @@ def entropy_matched(entropies: ndarray, log_perplexities: ndarray, target: float
             weight = (target - h0) / (h1 - h0) if h0 != h1 else 0.0
             return float(log_p0 + weight * (log_p1 - log_p0))
     return None
+
+
+def around(temperatures: list, entropies: list[float], target: float, error: float) -> list:
+    """Of a sweep over rising temperatures, those that `entropy_matched` needs: neighbours with the target between their
+    entropies, or within the error of it. The nearest two where it is beyond the sweep."""
+    pairs = [pair for pair, (h0, h1) in zip(pairwise(temperatures), pairwise(entropies))
+             if h0 - error <= target <= h1 + error]
+    beyond = temperatures[-2:] if entropies[-1] < target else temperatures[:2]
+    return [t for t in temperatures if any(t in pair for pair in pairs)] or beyond

@@ -90,8 +90,9 @@ class Foreign(torch.nn.Module):
         return SimpleNamespace(logits=self.table[ids])
 
 
-def test_a_foreign_scorer_sees_text_in_its_own_tokens(trained, tmp_path, monkeypatch):
-    """Begin-of-text first, six tokens at most, texts of any length in one batch."""
+@pytest.mark.parametrize("read", [0, 7])
+def test_a_foreign_scorer_sees_text_in_its_own_tokens(trained, tmp_path, monkeypatch, read):
+    """Begin-of-text first, six tokens at most, texts of any length in one batch; the first `read` texts, or all."""
     out, data, _ = trained
 
     def tokenizer(text, add_special_tokens):
@@ -102,15 +103,15 @@ def test_a_foreign_scorer_sees_text_in_its_own_tokens(trained, tmp_path, monkeyp
         AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: tokenizer),
         AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda name, dtype: Foreign())))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--source={out / 'ar.pt'}", f"--dataset={data}", "--num_samples=20",
-                                      "--scorer=some/lm", f"--out={tmp_path / 'rows.json'}", "--device=cpu",
-                                      "--dtype=float32"])
+                                      "--scorer=some/lm", f"--scorer_samples={read}", f"--out={tmp_path / 'rows.json'}",
+                                      "--device=cpu", "--dtype=float32"])
     monkeypatch.chdir(ROOT)
     runpy.run_path("evaluate.py", run_name="__main__")
     row = json.loads((tmp_path / "rows.json").read_text())["rows"][0]
     held_out = Data(str(data), "val", 8, 1)
     encoding, log_p = storage.tokenizer.from_dict(held_out.tokenizer), Foreign().table.log_softmax(-1)
     nats, count = 0.0, 0
-    for tokens in held_out.rows(0, 20).tolist():
+    for tokens in held_out.rows(0, 20)[:read or 20].tolist():
         ids = [1] + [ord(c) for c in encoding.decode(tokens).replace("th", "T")][:6]
         nats -= sum(log_p[a, b].item() for a, b in zip(ids, ids[1:]))
         count += len(ids) - 1
@@ -142,6 +143,20 @@ def test_temperatures_are_matched(trained, tmp_path):
         if found:
             low, high = sorted(row["perplexity ar.pt"]["value"] for row in (cold, hot))
             assert low <= found["value"] <= high and found["low"] <= found["value"] <= found["high"], kind
+
+
+def test_a_first_look_leaves_out_temperatures_far_from_the_entropy_of_the_data(trained, tmp_path):
+    """What is kept is judged as in the whole sweep, and gives the same perplexity at the data's entropy."""
+    out, _, _ = trained
+    words = [f"--source={out / 'mdlm.pt'},{out / 'fmlm.pt'}", "--steps=1", "--temperatures=argmax,0.0001,0.0002,1,50,100",
+             "--num_samples=40"]
+    records = [judged(trained, tmp_path, *words, *more)[1] for more in ([], ["--sweep_samples=20"])]
+    whole, part = ([row for row in record["rows"][1:]] for record in records)
+    assert len(part) < len(whole) and all(row in whole for row in part)
+    assert [row["temperature"] for row in part if row["kind"] == "fmlm"][0] == "argmax"
+    assert 1.0 in [row["temperature"] for row in part if row["kind"] == "mdlm"]         # its usual way
+    values = [[by_steps["1"]["ar.pt"]["value"] for by_steps in record["matched"].values()] for record in records]
+    assert values[0] == values[1]
 
 
 def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypatch):
@@ -196,6 +211,33 @@ def measurement(steps, valid, high, seconds=10.0):
     row = dict(valid=dict(value=valid, low=2 * valid - high, high=high), entropy=dict(value=2.0), steps=steps,
                temperature="argmax", different=dict(value=0.9 if valid == 0.4 else 1.0))
     return dict(rows=[dict(entropy=dict(value=2.0)), row], seconds=seconds, scorers=[])
+
+
+def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypatch):
+    """A student of 10 s after a teacher of 2 s is given the 22 s that its rival took, which leaves it twice its own 10 s;
+    a trained model 4 s for the 3 of its rival is given 3/4 of its steps. The command line says so."""
+    folder = tmp_path / "results" / "palindromes"
+    folder.mkdir(parents=True)
+    for name, seconds in {"flm": 3, "mdlm": 2, "duo": 4, "ar": 1, "psd": 22, "sdtt": 12, "dcd": 9, "lsd": 1, "esd": 1,
+                          "self": 1, "mse": 1, "noclock": 1, "dense": 1}.items():
+        (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds)))
+    rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
+             ("mdlm", "duo", "sdtt", "dcd")}
+    (folder / "rates.json").write_text(json.dumps(rates))
+    programs, given = Programs(tmp_path), {}
+
+    def started(words, **rest):
+        if any("equal-time" in word for word in words) and "evaluate.py" not in words:
+            method = next(word for word in words if word.startswith("--method="))
+            given[method[9:]] = next(int(word[12:]) for word in words if word.startswith("--max_iters="))
+        return programs(words, **rest)
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=palindromes", "--seeds=1", f"--work={tmp_path / 'work'}",
+                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evidence.py", run_name="__main__")
+    assert given == {"mdlm": 1500, "duo": 750, "sdtt": 11000, "dcd": 5500 * 18 // 5}
+    assert "| 0.900 ± 0.050 at 8, as long as FMLM, PSD |" in (tmp_path / "mine.md").read_text()
 
 
 def test_the_report_says_what_was_measured(tmp_path):
@@ -273,11 +315,11 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     go()
     once = len(programs.started)
     measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
-    assert len(measured) == 13 + 6 and "psd-seed2" in measured
-    # three rates of twelve methods (dense takes flm's), then 13 + 6 models; and evaluations: two rates of six distilled
+    assert len(measured) == 13 + 6 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
+    # three rates of twelve methods (dense takes flm's), then 13 + 6 + 4 models; and evaluations: two rates of six distilled
     # ones, and every model
-    assert programs.started.count("evaluate.py") == 12 + 19
-    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 18
+    assert programs.started.count("evaluate.py") == 12 + 23
+    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 22
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
     assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
     assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002

@@ -234,6 +234,14 @@ def test_entropy_matched_interpolates_and_never_extrapolates():
     assert metrics.entropy_matched(entropies[:1], log_ppl[:1], 1.0) is None  # one point has no neighbour
 
 
+@pytest.mark.parametrize("target, error, expected", [
+    (2.5, 0, [2, 3]), (2.05, 0, [2, 3]), (2.05, 0.1, [1, 2, 3]), (3.98, 0.1, [3, 4]), (9, 0, [3, 4]), (0.5, 0, [1, 2]),
+    (0.95, 0.1, [1, 2]), (2.5, 5, [1, 2, 3, 4])])
+def test_around_keeps_what_the_match_needs(target, error, expected):
+    """The temperatures 1 to 4 have the entropies 1 to 4."""
+    assert metrics.around([1, 2, 3, 4], [1.0, 2.0, 3.0, 4.0], target, error) == expected
+
+
 def test_entropy_matched_takes_the_first_crossing_of_a_sweep_that_turns_back():
     assert metrics.entropy_matched([1, 3, 2, 4], [0, 10, 20, 30], 2.5) == pytest.approx(7.5)
     assert metrics.entropy_matched([2, 2, 3], [5, 6, 7], 2) == 5  # two equal neighbours, on the target
