@@ -49,7 +49,7 @@ SETS = {  # positions of the size of the embedding's rows for models that read c
                         shape=(), judging=("--temperatures=argmax,1",)),
     "pydocs": dict(iters=1500, distill_iters=1500, position_std=0.03, samples=1000, batch=64, optimizer="adamw",
                    shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
-                   judging=("--temperatures=argmax,0.6,0.7,0.8,0.9,1,1.1,1.2", "--sweep_samples=200", "--scorer_samples=250"))}
+                   judging=("--temperatures=argmax,0.5,0.65,0.8,0.9,1,1.15", "--sweep_samples=100", "--scorer_samples=250"))}
 
 
 # ---------------------------------------------------------------- one run, once
