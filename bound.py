@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flow import Clock, by_tokens, corrupt, cross_entropy
+from flow import Clock, by_tokens, corrupt, cross_entropy, most_likely
 
 
 class Bound(NamedTuple):
@@ -68,6 +68,32 @@ def squared_error(head: nn.Module, hidden: Tensor, y: Tensor, E_white: Tensor) -
     return by_tokens(error, head, hidden, y)
 
 
+def hidden_of(model: Callable, clock: Clock, y: Tensor, random: torch.Generator, E_white: Tensor
+              ) -> Callable[[Tensor], Tensor]:
+    """A function from signal-to-noise ratios nu (B,) to the network's answer (B, L, d) to y (B, L) in fresh noise."""
+    E = model.embed.weight
+    with torch.autocast(y.device.type, enabled=False):
+        root = E_white.T @ E.to(E_white.dtype)                                  # (E^T E)^(1/2), (d, d)
+
+    def hidden_at(nu):
+        t = nu.sqrt() / (1 + nu.sqrt())
+        with torch.autocast(y.device.type, enabled=False):
+            xi = torch.randn(*y.shape, E.size(1), generator=random, device=y.device, dtype=E_white.dtype)
+            z = corrupt(E_white, y, t, xi) @ root                               # z = z~ (E^T E)^(1/2)
+        return model(z, clock.tau_of_t(t))
+    return hidden_at
+
+
+@torch.no_grad()
+def accuracy(model: Callable, clock: Clock, y: Tensor, random: torch.Generator, nu: float, E_white: Tensor | None = None
+             ) -> Tensor:
+    """The share of tokens of each text of y (B, L) that the network's likeliest guess has right at signal-to-noise ratio
+    nu, (B,). Where nu is large it tells whether E keeps rare tokens apart. The rest as in `likelihood_bound`."""
+    E_white = whiten(model.embed.weight) if E_white is None else E_white
+    hidden = hidden_of(model, clock, y, random, E_white)(clock.t.new_full((len(y),), nu))
+    return (most_likely(model.head, hidden) == y).float().mean(1)
+
+
 @torch.no_grad()
 def likelihood_bound(model: Callable, clock: Clock, y: Tensor, random: torch.Generator, points: int = 32,
                      nu_max: float | None = None, E_white: Tensor | None = None) -> Bound:
@@ -80,21 +106,12 @@ def likelihood_bound(model: Callable, clock: Clock, y: Tensor, random: torch.Gen
     trained. Any other is valid too, unless chosen for giving these texts the smallest bound. E_white: whiten(E), to
     share between batches. random: on the device of y. Eval mode and autocast are up to the caller.
     """
-    E = model.embed.weight
-    E_white = whiten(E) if E_white is None else E_white
-    with torch.autocast(y.device.type, enabled=False):
-        root = E_white.T @ E.to(E_white.dtype)                                  # (E^T E)^(1/2), (d, d)
+    E_white = whiten(model.embed.weight) if E_white is None else E_white
+    hidden_at = hidden_of(model, clock, y, random, E_white)
     if nu_max is None:
         t = clock.t_of_tau(clock.t.new_tensor(0.99)).item()
         nu_max = (t / (1 - t)) ** 2
     end = math.log1p(nu_max)
-
-    def hidden_at(nu):                                                          # (B,) -> (B, L, d), with fresh noise
-        t = nu.sqrt() / (1 + nu.sqrt())
-        with torch.autocast(y.device.type, enabled=False):
-            xi = torch.randn(*y.shape, E.size(1), generator=random, device=y.device, dtype=E_white.dtype)
-            z = corrupt(E_white, y, t, xi) @ root                               # z = z~ (E^T E)^(1/2)
-        return model(z, clock.tau_of_t(t))
 
     path = 0
     for i in range(points):

@@ -34,7 +34,7 @@ import common
 import metrics
 import storage
 from baselines import ar, noclock
-from bound import bits_per_character, likelihood_bound, whiten
+from bound import accuracy, bits_per_character, likelihood_bound, whiten
 from data.loader import Data
 from flow import drawn, latent_noise, most_likely, noise_factor, sample_flow, stratified
 from flowmap import sample_flow_map
@@ -73,6 +73,7 @@ if any(word != "argmax" and not 0 < word < math.inf for word in sweep):
     common.fail(f"temperatures={temperatures}: expected positive numbers and argmax, such as 1 or argmax,0.8,1")
 machine = common.Machine(device, dtype)
 
+NEARLY_CLEAN = math.exp(12.6)                            # a signal-to-noise ratio at which a text can be read off its state
 FLOWS = ("flm", "fmlm", "dense", "mse", "noclock")       # sampled by flow.py and flowmap.py; the others by baselines/
 FILES = {"sdtt": "mdlm", "dcd": "duo"}                   # where distilled baselines have their sampler
 
@@ -259,7 +260,7 @@ def match(runs: list[tuple], entropy: float) -> dict | None:
 @torch.no_grad()
 def likelihood(checkpoint: dict, net) -> dict | None:
     """Nats of held-out text under the model: per token, and as bits a character and perplexity a token."""
-    kind, values = checkpoint["kind"], []
+    kind, values, right = checkpoint["kind"], [], []
     if kind not in ("ar", "flm", "mdlm", "duo"):
         return None
     clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
@@ -270,6 +271,7 @@ def likelihood(checkpoint: dict, net) -> dict | None:
         with machine.autocast():
             if kind == "flm":
                 values.append(likelihood_bound(net, clock, y, random, draws, E_white=E_white).nats)
+                right.append(accuracy(net, clock, y, random, NEARLY_CLEAN, E_white))
                 continue
             tau = stratified(draws * len(y), random).view(draws, -1)
             loss = importlib.import_module(f"baselines.{kind}").loss
@@ -277,7 +279,8 @@ def likelihood(checkpoint: dict, net) -> dict | None:
     nats = torch.cat(values).double().cpu().numpy()                             # (n,)
     characters = np.array([len(encoding.decode(row)) for row in held_out_tokens.tolist()])
     L = held_out_tokens.shape[1]
-    return dict(exact=kind == "ar", nats_per_token=mean(nats / L), bits_per_character=measured(
+    accuracies = dict(accuracy_nearly_clean=mean(torch.cat(right).cpu().numpy())) if right else {}
+    return accuracies | dict(exact=kind == "ar", nats_per_token=mean(nats / L), bits_per_character=measured(
         bits_per_character(nats.sum(), characters.sum()), metrics.bootstrap(
             np.stack([nats, characters], 1), lambda n, c: bits_per_character(n.sum(-1), c.sum(-1)))),
         perplexity=measured(math.exp(nats.mean() / L), np.exp(metrics.bootstrap(nats / L))))
@@ -331,8 +334,10 @@ for name in sources:
         print(f"{name}: held-out text has {'' if found['exact'] else 'at most '}{found['nats_per_token']['value']:.3f} "
               f"nats a token, {found['bits_per_character']['value']:.3f} bits a character, perplexity "
               f"{found['perplexity']['value']:.4g}")
+        if "accuracy_nearly_clean" in found:
+            print(f"  of its tokens in almost no noise {found['accuracy_nearly_clean']['value']:.1%} are told apart")
 if out:
     kept = {key: value for key, value in settings.items() if key not in (*storage.PLACES, "source", "scorer", "out")}
-    record = dict(settings=kept, scorers=list(scorers), rows=rows, matched=matched, likelihoods=likelihoods)
+    record = dict(settings=kept, vocabulary=V, scorers=list(scorers), rows=rows, matched=matched, likelihoods=likelihoods)
     storage.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(f"wrote {out}")

@@ -5,7 +5,7 @@
     python evidence.py --report                             # no runs: table, figures and README from results/ as they are
     python evidence.py --results=mine --readme=mine.md      # all of it anew, beside ours
 
-It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else. What is finished is never run again:
+It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What is finished is never run again:
 a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be stopped at any time. The learning
 rate of every method is the best of the same three, by validation loss after a quarter of the steps, or, for distilled
 models, by what they are for at their headline number of steps after a quarter of the distillation.
@@ -14,7 +14,6 @@ models, by what they are for at their headline number of steps after a quarter o
 import json
 import math
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -22,8 +21,9 @@ from pathlib import Path
 
 import common
 import storage
+from report import CLOCKS, EQUAL_TIME, HEADLINE, STEPS, draw, found, measured_sets, read, score, write_readme
 
-sets = "palindromes,pydocs"      # comma-separated
+sets = "palindromes,pydocs,pydocs4096"  # comma-separated; the last has 4,096 byte pairs, for clocks and noise
 seeds = 3                        # runs of the models in HEADLINE; the others have one
 work = "out/evidence"            # checkpoints and logs
 results = "results"              # measurements, figures, the table
@@ -35,28 +35,23 @@ settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_in(settings, "[1, inf)", "seeds")
 
-STEPS = (1, 2, 4, 8, 16, 32, 128)
-HEADLINE = {"flm": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt": 8, "dcd": 8}    # and the steps they are compared at
-TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense")
-SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM", "psd": "FMLM, PSD",
-         "lsd": "FMLM, LSD", "esd": "FMLM, ESD", "self": "FMLM, PSD without a teacher", "mse": "FLM, squared error",
-         "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
+TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", *CLOCKS)
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
-EQUAL_TIME = {"mdlm": "flm", "duo": "flm", "sdtt": "psd", "dcd": "psd"}    # also trained for as many seconds as theirs
 RATES = (1e-3, 2e-3, 4e-3)
+ALL = ["flm", "mdlm", "duo", "ar", "psd", "sdtt", "dcd"]                        # important ones first
+ABLATIONS = ["lsd", "esd", "self", "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
-    "palindromes": dict(iters=1000, distill_iters=5500, position_std=0.2, samples=2000, batch=128, optimizer="muon",
-                        shape=(), judging=("--temperatures=argmax,1",)),
-    "pydocs": dict(iters=1500, distill_iters=1500, position_std=0.03, samples=1000, batch=64, optimizer="adamw",
+    "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, position_std=0.2, samples=2000, batch=128,
+                        optimizer="muon", models=(ALL, ABLATIONS), shape=(), judging=("--temperatures=argmax,1",)),
+    "pydocs": dict(config="pydocs", iters=1500, distill_iters=1500, position_std=0.03, samples=1000, batch=64,
+                   optimizer="adamw", models=(ALL, [*ABLATIONS, *CLOCKS]),
                    shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
                    judging=("--temperatures=argmax,0.5,0.65,0.8,0.9,1,1.15", "--sweep_samples=100", "--scorer_samples=250"))}
+SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]))
+SWEEP = ("--temperatures=argmax,0.7,0.8,0.9,1,1.1", "--sweep_samples=0")        # of the clocks: rare tokens want it whole
 
 
 # ---------------------------------------------------------------- one run, once
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
 
 def write(path: Path, record: dict) -> None:
     storage.replace_file(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
@@ -88,19 +83,22 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     about = SETS[dataset]
     part = {1: "", 0.25: "-quarter"}.get(share, "-equal-time")
     folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
-    path = folder / name / "fmlm.pt" if TEACHER.get(name) == "flm" else folder / f"{name}.pt"
+    path = folder / f"{name}.pt"
+    if name in CLOCKS or TEACHER.get(name) == "flm":
+        path = folder / name / ("flm.pt" if name in CLOCKS else "fmlm.pt")
     teacher = model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[0] if name in TEACHER else None
     words = [f"--out_dir={path.parent}", f"--dataset={dataset}", f"--learning_rate={rate}", f"--seed={seed}",
              f"--max_iters={int((about['distill_iters'] if teacher else about['iters']) * share)}"]
     if name in TRAINED:
         clean = [f"--position_std={about['position_std']}"] if name in ("ar", "mdlm", "duo") else []
-        words = ["train.py", f"config/{dataset}.py", f"--method={name}", *about["shape"], *clean, *words]
+        method = ["--method=flm", f"--clock_embedding_share={name[5:]}"] if name in CLOCKS else [f"--method={name}"]
+        words = ["train.py", f"config/{about['config']}.py", *method, *about["shape"], *clean, *words]
     elif name in ("sdtt", "dcd"):
         words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
                  f"--optimizer={about['optimizer']}", *words]
     else:
         objective = ["--objective=psd", "--self_distill"] if name == "self" else [f"--objective={name}"]
-        words = ["distill.py", f"config/distill_{dataset}.py", *objective, f"--teacher={teacher}", *words]
+        words = ["distill.py", f"config/distill_{about['config']}.py", *objective, f"--teacher={teacher}", *words]
     about_run = path.with_suffix(".run.json")
     record = read(about_run) or dict(words=words, seconds=0.0, finished=False)
     if record["words"] != words:
@@ -138,215 +136,78 @@ def badness(name: str, dataset: str, checkpoint: Path) -> float:
         return storage.read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"]
     steps = HEADLINE.get(name, 1)
     record = evaluate(checkpoint, dataset, steps, ours_only=True)
-    value = score(dataset, record, steps)
+    value = score(record, steps)
     return math.inf if value is None else -value["value"] if dataset == "palindromes" else value["value"]
 
 
-def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool = False) -> dict:
+def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool = False, more: tuple = ()) -> dict:
     """What evaluate.py finds. Text is judged by our own autoregressive model, then by `scorer`."""
     judges, out = [], checkpoint.with_suffix(".judged.json")
     if dataset != "palindromes":
         judges = [str(model("ar", dataset, 1, best_rate("ar", dataset))[0]), *([scorer] if scorer and not ours_only else [])]
     log = checkpoint.with_suffix(".judged.log")
     require(run(log, "evaluate.py", f"--source={checkpoint}", f"--dataset={dataset}", f"--steps={steps}",
-                f"--num_samples={SETS[dataset]['samples']}", *SETS[dataset]["judging"],
+                f"--num_samples={SETS[dataset]['samples']}", *SETS[dataset]["judging"], *more,
                 f"--scorer={','.join(judges)}", f"--bound={not ours_only}", f"--out={out}"), log)
     return read(out)
 
 
+def prepare(dataset: str) -> None:
+    log, script = Path(work) / f"{dataset}.log", f"data/{SETS[dataset]['config']}/prepare.py"
+    larger = [f"--vocab_size={dataset.removeprefix('pydocs')}", f"--out_dir=data/{dataset}"] if dataset == "pydocs4096" else []
+    require(run(log, script, *larger), log)
+
+
+def rate_of(name: str, dataset: str) -> float:
+    """`dense` has the expected loss of `flm`, and the clocks are to be compared at the same rate: all as `flm`."""
+    return best_rate("flm" if name == "dense" or name in CLOCKS else name, dataset)
+
+
 def measure(dataset: str) -> None:
     """All models of a set, the important ones first."""
-    log = Path(work) / f"{dataset}.log"
-    require(run(log, f"data/{dataset}/prepare.py"), log)
-    order = [(name, 1) for name in ("flm", "mdlm", "duo", "ar", "psd", "sdtt", "dcd")]
-    order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE]
-    order += [(name, 1) for name in ("lsd", "esd", "self", "mse", "noclock", "dense")]
-    for name, seed in [*order, *((f"{name}-equal", 1) for name in EQUAL_TIME)]:
+    prepare(dataset)
+    first, ablations = SETS[dataset]["models"]
+    order = [(name, 1) for name in first] + [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE if name in first]
+    order += [(name, 1) for name in ablations] + [(f"{name}-equal", 1) for name in EQUAL_TIME if name in first]
+    for name, seed in order:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
-        if not out.exists():
-            name, equal = name.removesuffix("-equal"), name.endswith("-equal")
-            rate = best_rate("flm" if name == "dense" else name, dataset)       # the same expected loss, more slowly
-            checkpoint, training = model(name, dataset, seed, rate, equal_time(dataset, name) if equal else 1)
-            require(training["finished"], checkpoint.with_suffix(".log"))
-            steps = "1" if name == "ar" else ",".join(map(str, STEPS))          # ar takes as many as a text has tokens
+        if out.exists():
+            continue
+        name, equal = name.removesuffix("-equal"), name.endswith("-equal")
+        rate = rate_of(name, dataset)
+        checkpoint, training = model(name, dataset, seed, rate, equal_time(dataset, name) if equal else 1)
+        require(training["finished"], checkpoint.with_suffix(".log"))
+        steps = "1" if name == "ar" else ",".join(map(str, STEPS))              # ar takes as many as a text has tokens
+        if name in CLOCKS:
+            record = evaluate(checkpoint, dataset, HEADLINE["flm"], more=SWEEP)
+        else:
             record = evaluate(checkpoint, dataset, HEADLINE[name] if equal else steps)
-            seconds = training["seconds"]
-            if name in TEACHER:
-                seconds += model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[1]["seconds"]
-            write(out, record | dict(seconds=seconds, learning_rate=rate))
+        seconds, loss = training["seconds"], {}
+        if name in TEACHER:
+            seconds += model(TEACHER[name], dataset, seed, rate_of(TEACHER[name], dataset))[1]["seconds"]
+        else:
+            loss = dict(val_loss=storage.read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"])
+        write(out, record | dict(seconds=seconds, learning_rate=rate) | loss)
 
 
 def equal_time(dataset: str, name: str) -> float:
     """How many times as long `name` can be trained in the seconds of its rival; its teacher is what it was."""
-    own, rival = (found(dataset, other)[0]["seconds"] for other in (name, EQUAL_TIME[name]))
-    taught = found(dataset, TEACHER[name])[0]["seconds"] if name in TEACHER else 0
-    return (rival - taught) / (own - taught)
+    def seconds(name):
+        return found(Path(results) / dataset, name)[0]["seconds"]
+    taught = seconds(TEACHER[name]) if name in TEACHER else 0
+    return (seconds(EQUAL_TIME[name]) - taught) / (seconds(name) - taught)
 
 
-# ---------------------------------------------------------------- the report
+# ---------------------------------------------------------------- the program
 
-def found(dataset: str, name: str) -> list[dict]:
-    """The measurements of a model, one for each seed."""
-    files = (Path(results) / dataset / f"{name}-seed{seed}.json" for seed in range(1, 100))
-    return [read(file) for file in files if file.exists()]
-
-
-def score(dataset: str, record: dict, steps: int) -> dict | None:
-    """What a measurement comes to, value, low and high: the share of valid palindromes, or the perplexity under the last
-    scorer at the entropy of held-out text. None where there is none, or the sweep over temperatures did not reach that."""
-    if dataset == "palindromes":  # the first row at these steps is the model's usual sampler
-        return next((row["valid"] for row in record["rows"] if row.get("steps") == steps), None)
-    by_scorer = next(iter(record["matched"].values()), {}).get(str(steps), {})
-    return by_scorer.get(record["scorers"][-1])
-
-
-def scores(dataset: str, name: str, steps: int) -> tuple[list[float], float]:
-    """The values of all seeds, and the error of their mean: half its interval, or half of what the seeds differ by."""
-    have = [s for record in found(dataset, name) if (s := score(dataset, record, steps))]
-    values = [s["value"] for s in have]
-    if not values:
-        return [], math.inf
-    return values, max((max(values) - min(values)) / 2, max((s["high"] - s["low"]) / 2 for s in have) / len(have) ** 0.5)
-
-
-def entry(dataset: str, name: str, steps: int) -> str:
-    """The mean over the seeds and its error; how many reached the entropy, where not all did; and the share of different
-    samples, where many are the same."""
-    (values, error), records = scores(dataset, name, steps), found(dataset, name)
-    records = [r for r in records if any(row.get("steps") == steps for row in r["rows"])]
-    if not values:
-        return "entropy not reached" if records else ""
-    form = ".3f" if dataset == "palindromes" else ".0f"
-    few = f", {len(values)} of {len(records)} seeds" if len(values) < len(records) else ""
-    different = min(next(row for row in r["rows"] if row.get("steps") == steps)["different"]["value"] for r in records)
-    same = f", {different:.2f} different" if different < 0.95 else ""
-    return f"{statistics.mean(values):{form}} ± {error:{form}}{few}{same}"
-
-
-def table(dataset: str) -> list[str]:
-    lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, s | at equal time |",
-             "|---" * (len(STEPS) + 3) + "|"]
-    for name, title in SHOWN.items():
-        if records := found(dataset, name):
-            cells = [entry(dataset, name, steps) for steps in STEPS]
-            cells[0] += " (one for each token)" if name == "ar" else ""
-            seconds = statistics.mean(record["seconds"] for record in records)
-            equal = f"{name}-equal"
-            longer = found(dataset, equal) and (f"{entry(dataset, equal, HEADLINE[name])} at {HEADLINE[name]}, "
-                                                f"as long as {SHOWN[EQUAL_TIME[name]]}")
-            lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
-    return lines
-
-
-CLAIMS = [  # of the paper: what is better or no worse, and than what, each a model and its number of steps
-    ("a flow matches discrete diffusion at many steps", ("flm", 128), [("mdlm", 128), ("duo", 128)]),
-    ("one step of a flow map beats eight of distilled discrete diffusion", ("psd", 1), [("sdtt", 8), ("dcd", 8)]),
-    ("semigroup beats Eulerian distillation, in one step", ("psd", 1), [("esd", 1)]),
-    ("Eulerian beats Lagrangian distillation, in one step", ("esd", 1), [("lsd", 1)]),
-    ("cross-entropy beats squared error", ("flm", 128), [("mse", 128)]),
-    ("the clock is needed", ("flm", 128), [("noclock", 128)])]
-
-
-def verdicts(dataset: str) -> list[str]:
-    """A line for every claim. Ours is better, or worse, where it is by more than both errors together (as of independent
-    numbers); for "matches", which asks for no more than that, within the error is enough."""
-    lines = []
-    sign = 1 if dataset == "palindromes" else -1                                # shares should be large, perplexities small
-    for claim, ours, others in CLAIMS:
-        said = ", ".join(f"{SHOWN[name]} at {steps}: {entry(dataset, name, steps) or 'not measured'}"
-                         for name, steps in (ours, *others))
-        values, error = scores(dataset, *ours)
-        verdict = "holds"
-        for pair in others:
-            theirs, their_error = scores(dataset, *pair)
-            if not values or not theirs:
-                measured = all(entry(dataset, *p) for p in (ours, *others))
-                verdict = "cannot be compared at equal entropy" if measured else "not measured yet"
-                break
-            lead = sign * (statistics.mean(values) - statistics.mean(theirs))
-            if lead < -math.hypot(error, their_error):
-                verdict = "does not hold"
-                break
-            if lead <= math.hypot(error, their_error) and "matches" not in claim:
-                verdict = "within the error"
-        lines.append(f"- {claim}: **{verdict}** ({said})")
-    return lines
-
-
-START, END = "<!-- from here on written by evidence.py -->", "<!-- up to here -->"
-
-
-def title_of(dataset: str) -> str:
-    files = [read(file) for file in sorted((Path(results) / dataset).glob("*-seed*.json"))]
-    samples = f"{SETS[dataset]['samples']:,} samples"
-    if dataset == "palindromes":
-        return f"Palindromes, share of valid ones among {samples}: larger is better"
-    judges = {record["scorers"][-1] for record in files}
-    if len(judges) > 1:
-        common.fail(f"{results}/{dataset} holds measurements under {' and '.join(sorted(judges))}; keep those of one")
-    return f"Python's prose, perplexity under {judges.pop()} at the entropy of held-out text, {samples}: smaller is better"
-
-
-def measured_sets() -> list[str]:
-    return [dataset for dataset in SETS if list((Path(results) / dataset).glob("*-seed*.json"))]
-
-
-def section() -> str:
-    """What the README says, from the files in results/ alone."""
-    parts = []
-    for dataset in measured_sets():
-        parts += [f"**{title_of(dataset)}.**", "", *table(dataset), "", *verdicts(dataset), "",
-                  f"![quality against steps, and against entropy]({results}/{dataset}.png)", ""]
-    return "\n".join(parts)
-
-
-def write_readme() -> None:
-    text = Path(readme).read_text() if Path(readme).exists() else START + END
-    if START not in text or END not in text:
-        common.fail(f"{readme} has no lines {START} and {END} to write between")
-    before, after = text.split(START)[0], text.split(END)[1]
-    storage.replace_file(Path(readme), lambda file: file.write(f"{before}{START}\n{section()}{END}{after}".encode()))
-
-
-def draw(dataset: str) -> None:
-    """Quality against steps, and against the entropy of a sample, of every model: results/<set>.png."""
-    try:
-        import matplotlib
-    except ImportError:
-        common.fail("the figures need matplotlib; run: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    what = "valid" if dataset == "palindromes" else "perplexity"
-    for i, (name, title) in enumerate(SHOWN.items()):
-        records, color = found(dataset, name), plt.cm.tab20(i)
-        points = [(steps, statistics.mean(values)) for steps in STEPS if (values := scores(dataset, name, steps)[0])]
-        if points and name == "ar":  # as many evaluations as tokens, however it is asked
-            left.axhline(points[0][1], color=color, linestyle=":", label=title)
-        elif points:
-            left.plot(*zip(*points), "o-", markersize=3, color=color, label=title)
-        rows = [row for record in records[:1] for row in record["rows"][1:]]
-        if rows:
-            key = next(key for key in reversed(rows[0]) if key.startswith(what))
-            right.scatter([row["entropy"]["value"] for row in rows], [row[key]["value"] for row in rows], s=9, color=color)
-    held_out = next(record["rows"][0] for name in SHOWN for record in found(dataset, name))
-    right.axvline(held_out["entropy"]["value"], color="gray", linewidth=1)
-    scale = "linear" if dataset == "palindromes" else "log"
-    left.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=what)
-    left.set_xticks(STEPS, STEPS)
-    right.set(yscale=scale, xlabel="entropy of a sample, nats (line: held-out text)", ylabel=what)
-    left.legend(fontsize=7)
-    figure.tight_layout()
-    storage.replace_file(Path(results) / f"{dataset}.png", lambda file: figure.savefig(file, dpi=110, format="png"))
-
-
-for dataset in sets.split(","):
+wanted, folder = sets.split(","), Path(results)
+for dataset in wanted:
     common.require_choice("sets", dataset, SETS)
-    if not report:
-        measure(dataset)
-if not measured_sets():
+for dataset in wanted if not report else ():
+    measure(dataset)
+if not measured_sets(folder):
     common.fail(f"no measurements in {results}; leave out --report to make them")
-for dataset in measured_sets():
-    draw(dataset)
-write_readme()
+for measured in measured_sets(folder):
+    draw(measured)
+write_readme(folder, Path(readme))
 print(f"wrote {readme} and {results}/*.png from the measurements in {results}/")

@@ -3,7 +3,6 @@ the running commentary: a loss that is no number, progress, the interrupt, the l
 
 import hashlib
 import math
-import re
 import signal
 import sys
 import time
@@ -52,9 +51,12 @@ def require_alike(settings: dict, data: Data, step: int, machine: Machine) -> No
 
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, betas: tuple[float, float],
                     weight_decay: float) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+    """AdamW for everything, or Muon for the matrices between embedding and head and AdamW for the rest.
+
+    Those that make the time's features and modulations are among them. AdamW moves all weights of such a feature the same
+    way at once, as Muon does not, and at a learning rate that Muon stands, most features ended where SiLU is zero."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and re.search(r"(qkv|attn_out|mlp_in|mlp_out)\.weight", name)]
+    hidden = [p for name, p in named if p.ndim == 2 and not name.startswith(("embed", "positions", "head"))]
     muon = {id(p) for p in hidden} if optimizer == "muon" else set()
     device = named[0][1].device.type
     optimizers = [torch.optim.AdamW([p for _, p in named if id(p) not in muon], learning_rate, betas,

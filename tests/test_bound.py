@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bound import bits_per_character, likelihood_bound, squared_error, whiten
+from bound import accuracy, bits_per_character, likelihood_bound, squared_error, whiten
 from flow import Clock
 from model import FlowTransformer, ModelConfig
 from test_learning import CLOCK, JOINT
@@ -219,6 +219,26 @@ def test_error_is_the_formula_a_slice_at_a_time_and_not_in_bfloat16(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(squared_error(head, hidden, y, E), expected, rtol=1e-4)
     assert heights == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("d, nu", [(1, 0.7), (1, 4.0), (3, 4.0)])
+def test_accuracy_is_that_of_the_best_reader(d, nu):
+    """Two tokens, p and 1 - p, with rows e and -e (d = 1) or their own coordinates: the exact posterior reads y from
+    u ~ N(+-sqrt(nu) a, 1) along their difference, whose half is of whitened length a, where u passes a threshold that the
+    prior shifts."""
+    p = 0.8
+    E = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) if d == 1 else torch.randn(
+        2, 3, dtype=torch.float64, generator=generator(3))
+    a = math.sqrt(0.5)                                                          # whitened rows: +-1/sqrt(2), or orthonormal
+    clock = Clock(2)
+    model = Posterior(torch.tensor([p, 1 - p], dtype=torch.float64), E, clock)
+    model.head.weight, model.head.bias = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    y = (torch.arange(40_000) % 5 == 4).long()[:, None]                         # one in five is token 1
+    threshold = -math.log(p / (1 - p)) / (2 * a * nu ** 0.5)                    # token 0 where u is above
+    below = torch.special.ndtr(torch.tensor([threshold - a * nu ** 0.5, threshold + a * nu ** 0.5])).tolist()
+    expected = p * (1 - below[0]) + (1 - p) * below[1]
+    found = accuracy(model, clock, y, generator(), nu)
+    assert abs(found.mean().item() - expected) < 5 * found.std().item() / len(y) ** 0.5
 
 
 def test_bits_per_character():

@@ -61,6 +61,8 @@ def test_every_baseline_learns_and_is_judged(trained, tmp_path):
     assert rows[0]["copied"]["value"] == 1                                      # the toy's held-out text is in its training text
     found = {Path(path).stem: likelihood for path, likelihood in record["likelihoods"].items()}
     assert {name: likelihood["exact"] for name, likelihood in found.items()} == dict(flm=False, ar=True, mdlm=False, duo=False)
+    assert 0 <= found["flm"]["accuracy_nearly_clean"]["value"] <= 1 and "in almost no noise" in text
+    assert "accuracy_nearly_clean" not in found["mdlm"]
     assert str(out) not in json.dumps(record["settings"])
 
 
@@ -208,9 +210,9 @@ def test_mistakes(words, complaint, trained, monkeypatch):
 # ---------------------------------------------------------------- evidence.py
 
 def measurement(steps, valid, high, seconds=10.0):
-    row = dict(valid=dict(value=valid, low=2 * valid - high, high=high), entropy=dict(value=2.0), steps=steps,
+    row = dict(valid=dict(value=valid, low=2 * valid - high, high=high), entropy=dict(value=2.0), steps=steps, samples=2000,
                temperature="argmax", different=dict(value=0.9 if valid == 0.4 else 1.0))
-    return dict(rows=[dict(entropy=dict(value=2.0)), row], seconds=seconds, scorers=[])
+    return dict(rows=[dict(entropy=dict(value=2.0), rare_256=dict(value=0.3)), row], seconds=seconds, scorers=["judge"])
 
 
 def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypatch):
@@ -259,6 +261,33 @@ def test_the_report_says_what_was_measured(tmp_path):
         assert f"{claim}: **{verdict}**" in text
 
 
+def test_the_report_compares_clocks_and_noise(tmp_path):
+    """At the held-out text's entropy, 2, and at its share of rare tokens, 0.3: between two temperatures, geometrically."""
+    folder = tmp_path / "results" / "pydocs4096"
+    folder.mkdir(parents=True)
+
+    def value(x):
+        return dict(value=x, low=x - 0.25, high=x + 0.25)
+
+    def row(temperature, entropy, rare, perplexity):
+        return {"steps": 128, "temperature": temperature, "entropy": value(entropy), "rare_256": value(rare),
+                "perplexity judge": value(perplexity), "different": value(1.0), "samples": 1000}
+    rows = [dict(entropy=value(2.0), rare_256=value(0.3)), row("argmax", 3.0, 0.9, 1.0), row(0.8, 1.0, 0.2, 100.0),
+            row(1.0, 3.0, 0.4, 10_000.0)]
+    record = dict(rows=rows, matched={"flm.pt": {"128": {"judge": value(1000.0)}}}, scorers=["judge"], seconds=5.0,
+                  vocabulary=4096, likelihoods={"flm.pt": dict(nats_per_token=value(5.5), accuracy_nearly_clean=value(0.75))})
+    (folder / "clock0.5-seed1.json").write_text(json.dumps(record | dict(val_loss=4.25)))
+    (folder / "clock1-seed1.json").write_text(json.dumps(record | dict(rows=rows[:3])))
+    (folder / "dense-seed1.json").write_text(json.dumps(record | dict(val_loss=4.5, likelihoods={})))
+    readme = tmp_path / "mine.md"
+    quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={readme}")
+    text = readme.read_text()
+    assert "V = 4,096, perplexity under judge at the entropy of held-out text, 1,000 samples: smaller is better" in text
+    assert "| mean of both | 1000 ± 0 | 1000 | 5.500 ± 0.250 | 75.0% |" in text
+    assert "| reads d coordinates | 1000 ± 0 | not reached | 5.500 ± 0.250 | 75.0% |" in text
+    assert "4.250 with noise drawn in d dimensions, 4.500 with noise drawn in V" in text and "**" not in text.split("V.\n")[1]
+
+
 def test_the_readme_follows_from_the_results(tmp_path):
     """It is what evidence.py would write."""
     if not list((ROOT / "results").glob("*/*-seed*.json")):
@@ -288,8 +317,12 @@ class Programs:
         if words[0] == "evaluate.py":
             rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
             rows = [measurement(int(n), 0.9 - abs(rate - 0.002), 0.95)["rows"][1] for n in given["steps"].split(",")]
-            Path(given["out"]).write_text(json.dumps(dict(rows=[dict(entropy=dict(value=2.0)), *rows], scorers=[])))
-        elif "out_dir" in given and status == 0:
+            matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
+            bound = dict(nats_per_token=dict(value=5.0, low=4.0, high=6.0), accuracy_nearly_clean=dict(value=0.5))
+            Path(given["out"]).write_text(json.dumps(dict(
+                rows=[*measurement(1, 0.5, 0.6)["rows"][:1], *rows], scorers=["judge"], matched=matched,
+                likelihoods={given["source"]: bound})))
+        elif "learning_rate" in given and status == 0:
             name = given.get("method", "fmlm")
             folder = Path(given["out_dir"])
             folder.mkdir(parents=True, exist_ok=True)
@@ -297,6 +330,25 @@ class Programs:
             loss = abs(float(given["learning_rate"]) - 0.002)
             (folder / f"{name}.jsonl").write_text(json.dumps(dict(step=1, val_loss=loss)) + "\n")
         return SimpleNamespace(wait=lambda: status)
+
+
+def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
+    programs, said = Programs(tmp_path), []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **rest: said.append(" ".join(words[1:])) or programs(words, **rest))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=pydocs4096", f"--work={tmp_path / 'work'}", "--scorer=some/lm",
+                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evidence.py", run_name="__main__")
+    assert said[0] == "data/pydocs/prepare.py --vocab_size=4096 --out_dir=data/pydocs4096"
+    measured = sorted(path.stem for path in (tmp_path / "results" / "pydocs4096").glob("*-seed*.json"))
+    assert measured == ["ar-seed1", "clock0-seed1", "clock0.5-seed1", "clock1-seed1", "dense-seed1"]
+    for share in ("0", "0.5", "1"):
+        trained, = (words for words in said if f"--clock_embedding_share={share} " in words)
+        assert trained.startswith("train.py config/pydocs.py --method=flm ") and "--dataset=pydocs4096 " in trained
+        assert "--learning_rate=0.002 " in trained and f"/clock{share} " in trained
+    judged = [words for words in said if words.startswith("evaluate.py") and "/clock0/flm.pt" in words]
+    assert len(judged) == 1 and "--steps=128 " in judged[0] and judged[0].rindex("--sweep_samples=0") > judged[0].rindex(
+        "--sweep_samples=100") and "ar.pt,some/lm" in judged[0]
 
 
 def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):

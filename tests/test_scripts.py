@@ -14,6 +14,8 @@ from conftest import ROOT
 from programs import TINY, log, mistake, quick_run, run
 
 from data import tokenizer
+from model import FlowTransformer, ModelConfig
+from training import make_optimizers
 
 # ---------------------------------------------------------------- the way through
 
@@ -98,6 +100,24 @@ def test_every_objective_runs(toy, options, tmp_path):
     (tmp_path / "flm.pt").write_bytes((folder / "out" / "flm.pt").read_bytes())
     output = quick_run("distill.py", *common, "--batch_size=8", f"--out_dir={tmp_path}", *options)
     assert ("off simplex" in output) == (options[0] in ("--objective=lsd", "--objective=esd"))
+
+
+def test_muon_takes_the_matrices_between_embedding_and_head():
+    """The time's too; and moves a matrix by 0.2 times the learning rate (root mean square), however small the gradient."""
+    net = FlowTransformer(ModelConfig(vocab_size=11, block_size=4, n_layer=1, n_head=2, n_embd=16, n_time=8, flow_map=True))
+    adamw, muon = make_optimizers(net, "muon", 1e-2, (0.9, 0.99), 0.0)
+    of = {id(p): name for name, p in net.named_parameters()}
+    mine = [of[id(p)] for p in muon.param_groups[0]["params"]]
+    assert mine == [f"{module}.weight" for module in (
+        "time_s.fc1", "time_s.fc2", "time_t.fc1", "time_t.fc2", "blocks.0.qkv", "blocks.0.attn_out", "blocks.0.mlp_in",
+        "blocks.0.mlp_out", "blocks.0.modulation", "modulation_out")]
+    assert len(of) == len(mine) + len(adamw.param_groups[0]["params"])
+    before = net.time_s.fc2.weight.detach().clone()
+    net.time_s.fc2.weight.grad = 1e-4 * torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    muon.step()
+    moved = net.time_s.fc2.weight.detach() - before
+    assert moved.square().mean().sqrt().item() == pytest.approx(2e-3, rel=0.2)
+    assert len(make_optimizers(net, "adamw", 1e-2, (0.9, 0.99), 0.0)) == 1
 
 
 # ---------------------------------------------------------------- settings

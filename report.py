@@ -1,0 +1,228 @@
+"""What the measurements of evidence.py come to: tables, verdicts, figures and a section of the README, from the files in
+results/ alone. `python evidence.py --report` writes them.
+
+Functions of the folder `results`, which has a folder for every set; in it a file for every model and seed, as evaluate.py
+wrote it, with its learning rate and the seconds it was trained.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import common
+import metrics
+import storage
+
+STEPS = (1, 2, 4, 8, 16, 32, 128)
+HEADLINE = {"flm": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt": 8, "dcd": 8}    # and the steps they are compared at
+SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM", "psd": "FMLM, PSD",
+         "lsd": "FMLM, LSD", "esd": "FMLM, ESD", "self": "FMLM, PSD without a teacher", "mse": "FLM, squared error",
+         "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
+CLOCKS = {"clock0": "published: reads V coordinates", "clock0.5": "mean of both", "clock1": "reads d coordinates"}
+EQUAL_TIME = {"mdlm": "flm", "duo": "flm", "sdtt": "psd", "dcd": "psd"}    # also trained for as many seconds as theirs
+
+
+# ---------------------------------------------------------------- from files to numbers
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def found(folder: Path, name: str) -> list[dict]:
+    """The measurements of a model, one for each seed."""
+    files = (folder / f"{name}-seed{seed}.json" for seed in range(1, 100))
+    return [read(file) for file in files if file.exists()]
+
+
+def is_puzzle(record: dict) -> bool:
+    """Whether the texts of a set are right or wrong, as palindromes are."""
+    return "valid" in record["rows"][-1]
+
+
+def score(record: dict, steps: int) -> dict | None:
+    """What a measurement comes to, value, low and high: the share of valid texts, or the perplexity under the last scorer at
+    the entropy of held-out text. None where there is none, or the sweep over temperatures did not reach that."""
+    if is_puzzle(record):  # the first row at these steps is the model's usual sampler
+        return next((row["valid"] for row in record["rows"] if row.get("steps") == steps), None)
+    by_scorer = next(iter(record["matched"].values()), {}).get(str(steps), {})
+    return by_scorer.get(record["scorers"][-1])
+
+
+def scores(folder: Path, name: str, steps: int) -> tuple[list[float], float]:
+    """The values of all seeds, and the error of their mean: half its interval, or half of what the seeds differ by."""
+    have = [s for record in found(folder, name) if (s := score(record, steps))]
+    values = [s["value"] for s in have]
+    if not values:
+        return [], math.inf
+    return values, max((max(values) - min(values)) / 2, max((s["high"] - s["low"]) / 2 for s in have) / len(have) ** 0.5)
+
+
+def at_rare_share(record: dict, steps: int) -> float | None:
+    """The perplexity under the last scorer at held-out text's share of rare tokens, from a sweep over temperatures."""
+    rows = [row for row in record["rows"][1:] if row["steps"] == steps and row["temperature"] != "argmax"]
+    log_perplexities = [math.log(row[f"perplexity {record['scorers'][-1]}"]["value"]) for row in rows]
+    found = metrics.entropy_matched([row["rare_256"]["value"] for row in rows], log_perplexities,
+                                    record["rows"][0]["rare_256"]["value"])
+    return None if found is None else math.exp(found)
+
+
+# ---------------------------------------------------------------- from numbers to words
+
+def entry(folder: Path, name: str, steps: int) -> str:
+    """The mean over the seeds and its error; how many reached the entropy, where not all did; and the share of different
+    samples, where many are the same."""
+    (values, error), records = scores(folder, name, steps), found(folder, name)
+    records = [r for r in records if any(row.get("steps") == steps for row in r["rows"])]
+    if not values:
+        return "entropy not reached" if records else ""
+    form = ".3f" if is_puzzle(records[0]) else ".0f"
+    few = f", {len(values)} of {len(records)} seeds" if len(values) < len(records) else ""
+    different = min(next(row for row in r["rows"] if row.get("steps") == steps)["different"]["value"] for r in records)
+    same = f", {different:.2f} different" if different < 0.95 else ""
+    return f"{statistics.mean(values):{form}} ± {error:{form}}{few}{same}"
+
+
+def table(folder: Path) -> list[str]:
+    lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, s | at equal time |",
+             "|---" * (len(STEPS) + 3) + "|"]
+    for name, title in SHOWN.items():
+        if records := found(folder, name):
+            cells = [entry(folder, name, steps) for steps in STEPS]
+            cells[0] += " (one for each token)" if name == "ar" else ""
+            seconds = statistics.mean(record["seconds"] for record in records)
+            equal = f"{name}-equal"
+            longer = found(folder, equal) and (f"{entry(folder, equal, HEADLINE[name])} at {HEADLINE[name]}, "
+                                               f"as long as {SHOWN[EQUAL_TIME[name]]}")
+            lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
+    return lines
+
+
+def clock_table(folder: Path) -> list[str]:
+    """What a clock does to text at 128 steps and to likelihood; nothing where no clocks were compared."""
+    lines = ["", "| clock of the FLM | perplexity at the entropy of held-out text | at its share of rare tokens | "
+                 "held-out text, nats a token, at most | right in almost no noise |", "|---|---|---|---|---|"]
+    for name, title in CLOCKS.items():
+        for record in found(folder, name):
+            likelihood, rare = next(iter(record["likelihoods"].values())), at_rare_share(record, HEADLINE["flm"])
+            nats = likelihood["nats_per_token"]
+            lines.append(f"| {title} | {entry(folder, name, HEADLINE['flm'])} | {rare and format(rare, '.0f') or 'not reached'} "
+                         f"| {nats['value']:.3f} ± {(nats['high'] - nats['low']) / 2:.3f} "
+                         f"| {likelihood['accuracy_nearly_clean']['value']:.1%} |")
+    return lines if len(lines) > 3 else []
+
+
+def noise_line(folder: Path) -> list[str]:
+    """What drawing noise in d dimensions instead of V does to the loss after the same steps."""
+    ours, dense = found(folder, "flm") or found(folder, "clock0.5"), found(folder, "dense")
+    losses = [[record["val_loss"] for record in records if "val_loss" in record] for records in (ours, dense)]
+    if not all(losses):
+        return []
+    ours, dense = map(statistics.mean, losses)
+    return ["", f"Validation loss of the FLM after the same steps: {ours:.3f} with noise drawn in d dimensions, {dense:.3f} with "
+                f"noise drawn in V."]
+
+
+CLAIMS = [  # of the paper: what is better or no worse, and than what, each a model and its number of steps
+    ("a flow matches discrete diffusion at many steps", ("flm", 128), [("mdlm", 128), ("duo", 128)]),
+    ("one step of a flow map beats eight of distilled discrete diffusion", ("psd", 1), [("sdtt", 8), ("dcd", 8)]),
+    ("semigroup beats Eulerian distillation, in one step", ("psd", 1), [("esd", 1)]),
+    ("Eulerian beats Lagrangian distillation, in one step", ("esd", 1), [("lsd", 1)]),
+    ("cross-entropy beats squared error", ("flm", 128), [("mse", 128)]),
+    ("the clock is needed", ("flm", 128), [("noclock", 128)])]
+
+
+def verdicts(folder: Path) -> list[str]:
+    """A line for every claim. Ours is better, or worse, where it is by more than both errors together (as of independent
+    numbers); for "matches", which asks for no more than that, within the error is enough."""
+    lines = []
+    for claim, ours, others in CLAIMS:
+        said = ", ".join(f"{SHOWN[name]} at {steps}: {entry(folder, name, steps) or 'not measured'}"
+                         for name, steps in (ours, *others))
+        values, error = scores(folder, *ours)
+        verdict = "holds"
+        for pair in others:
+            theirs, their_error = scores(folder, *pair)
+            if not values or not theirs:
+                measured = all(entry(folder, *p) for p in (ours, *others))
+                verdict = "cannot be compared at equal entropy" if measured else "not measured yet"
+                break
+            sign = 1 if is_puzzle(found(folder, ours[0])[0]) else -1            # shares should be large, perplexities small
+            lead = sign * (statistics.mean(values) - statistics.mean(theirs))
+            if lead < -math.hypot(error, their_error):
+                verdict = "does not hold"
+                break
+            if lead <= math.hypot(error, their_error) and "matches" not in claim:
+                verdict = "within the error"
+        if any(found(folder, name) for name, _ in (ours, *others)):
+            lines.append(f"- {claim}: **{verdict}** ({said})")
+    return lines
+
+
+START, END = "<!-- from here on written by evidence.py -->", "<!-- up to here -->"
+
+
+def title_of(folder: Path) -> str:
+    records = [read(file) for file in sorted(folder.glob("*-seed*.json"))]
+    samples = f"{records[0]['rows'][-1]['samples']:,} samples"
+    if is_puzzle(records[0]):
+        return f"Palindromes, share of valid ones among {samples}: larger is better"
+    judges = {record["scorers"][-1] for record in records}
+    if len(judges) > 1:
+        common.fail(f"{folder} holds measurements under {' and '.join(sorted(judges))}; keep those of one")
+    vocabulary = f", V = {records[0]['vocabulary']:,}" if "vocabulary" in records[0] else ""
+    return (f"Python's prose{vocabulary}, perplexity under {judges.pop()} at the entropy of held-out text, {samples}: smaller "
+            f"is better")
+
+
+def measured_sets(results: Path) -> list[Path]:
+    return sorted(folder for folder in results.iterdir() if list(folder.glob("*-seed*.json"))) if results.exists() else []
+
+
+def section(results: Path) -> str:
+    """What the README says, from the files in results/ alone."""
+    parts = []
+    for folder in measured_sets(results):
+        parts += [f"**{title_of(folder)}.**", "", *table(folder), *clock_table(folder), *noise_line(folder), "",
+                  *verdicts(folder), "", f"![quality against steps, and against entropy]({folder}.png)", ""]
+    return "\n".join(parts)
+
+
+def write_readme(results: Path, readme: Path) -> None:
+    text = readme.read_text() if readme.exists() else START + END
+    if START not in text or END not in text:
+        common.fail(f"{readme} has no lines {START} and {END} to write between")
+    before, after = text.split(START)[0], text.split(END)[1]
+    storage.replace_file(readme, lambda file: file.write(f"{before}{START}\n{section(results)}{END}{after}".encode()))
+
+
+def draw(folder: Path) -> None:
+    """Quality against steps, and against the entropy of a sample, of every model: results/<set>.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        common.fail("the figures need matplotlib; run: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    measured = [(i, name, title, found(folder, name)) for i, (name, title) in enumerate((SHOWN | CLOCKS).items())]
+    measured = [(i, name, title, records) for i, name, title, records in measured if records]
+    puzzle = is_puzzle(measured[0][3][0])
+    what, scale = ("valid", "linear") if puzzle else ("perplexity", "log")
+    for i, name, title, records in measured:
+        color = plt.cm.tab20(i)
+        points = [(steps, statistics.mean(values)) for steps in STEPS if (values := scores(folder, name, steps)[0])]
+        if points and name == "ar":  # as many evaluations as tokens, however it is asked
+            left.axhline(points[0][1], color=color, linestyle=":", label=title)
+        elif points:
+            left.plot(*zip(*points), "o-", markersize=3, color=color, label=title)
+        rows = records[0]["rows"][1:]
+        key = next(key for key in reversed(rows[0]) if key.startswith(what))
+        right.scatter([row["entropy"]["value"] for row in rows], [row[key]["value"] for row in rows], s=9, color=color)
+    right.axvline(measured[0][3][0]["rows"][0]["entropy"]["value"], color="gray", linewidth=1)
+    left.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=what)
+    left.set_xticks(STEPS, STEPS)
+    right.set(yscale=scale, xlabel="entropy of a sample, nats (line: held-out text)", ylabel=what)
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    storage.replace_file(folder.with_suffix(".png"), lambda file: figure.savefig(file, dpi=110, format="png"))
