@@ -5,10 +5,11 @@
     python evidence.py --report                             # no runs: table, figures and README from results/ as they are
     python evidence.py --results=mine --readme=mine.md      # all of it anew, beside ours
 
-It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What is finished is never run again:
-a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be stopped at any time. The learning
-rate of every method is the best of the same three, by validation loss after a quarter of the steps, or, for distilled
-models, by what they are for at their headline number of steps after a quarter of the distillation.
+It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What
+is finished is never run again: a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be
+stopped at any time. The learning rate of every method is the best of the same three, by validation loss after a quarter
+of the steps, or, for distilled models, by what they are for at their headline number of steps after a quarter of the
+distillation.
 """
 
 import json
@@ -47,7 +48,8 @@ SETS = {  # positions of the size of the embedding's rows for models that read c
                    optimizer="adamw", models=(ALL, [*ABLATIONS, *CLOCKS]),
                    shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
                    judging=("--temperatures=argmax,0.5,0.65,0.8,0.9,1,1.15", "--sweep_samples=100", "--scorer_samples=250"))}
-SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]))
+SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]),
+                                           prepare=("--vocab_size=4096", "--out_dir=data/pydocs4096"))
 SWEEP = ("--temperatures=argmax,0.7,0.8,0.9,1,1.1", "--sweep_samples=0")        # of the clocks: rare tokens want it whole
 
 
@@ -79,7 +81,8 @@ def require(ended_well: bool, log: Path) -> None:
 
 def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -> tuple[Path, dict]:
     """The checkpoint of a model, trained now unless it is there: `share` of the steps, its learning rate as given (of a
-    distilled model, not of its teacher). And about its run: the words of the command, the seconds it took, with pauses left out, and whether it finished."""
+    distilled model, not of its teacher). And about its run: the words of the command, the seconds it took, with pauses left
+    out, and whether it finished."""
     about = SETS[dataset]
     part = {1: "", 0.25: "-quarter"}.get(share, "-equal-time")
     folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
@@ -152,12 +155,6 @@ def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool =
     return read(out)
 
 
-def prepare(dataset: str) -> None:
-    log, script = Path(work) / f"{dataset}.log", f"data/{SETS[dataset]['config']}/prepare.py"
-    larger = [f"--vocab_size={dataset.removeprefix('pydocs')}", f"--out_dir=data/{dataset}"] if dataset == "pydocs4096" else []
-    require(run(log, script, *larger), log)
-
-
 def rate_of(name: str, dataset: str) -> float:
     """`dense` has the expected loss of `flm`, and the clocks are to be compared at the same rate: all as `flm`."""
     return best_rate("flm" if name == "dense" or name in CLOCKS else name, dataset)
@@ -165,8 +162,9 @@ def rate_of(name: str, dataset: str) -> float:
 
 def measure(dataset: str) -> None:
     """All models of a set, the important ones first."""
-    prepare(dataset)
-    first, ablations = SETS[dataset]["models"]
+    about, log = SETS[dataset], Path(work) / f"{dataset}.log"
+    require(run(log, f"data/{about['config']}/prepare.py", *about.get("prepare", ())), log)
+    first, ablations = about["models"]
     order = [(name, 1) for name in first] + [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE if name in first]
     order += [(name, 1) for name in ablations] + [(f"{name}-equal", 1) for name in EQUAL_TIME if name in first]
     for name, seed in order:
