@@ -41,6 +41,7 @@ objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eul
 self_distill = False             # no teacher: the diagonal learns from the data
 diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
+full_jump_ramp = False           # that share grows evenly from 0 to this over the run: the full jump builds on shorter ones
 target_ema = False               # compute targets with the moving average instead of the student itself
 dropout = 0.0                    # of the student; the teacher has none here
 # -- optimization
@@ -86,7 +87,7 @@ flm = storage.load_checkpoint(teacher, "flm", trust_checkpoint)
 block_size = storage.set_length(flm, block_size, teacher)
 checkpoint = storage.load_resumable(path, "fmlm", init_from, settings,
                                     ["block_size", "objective", "self_distill", "diagonal_share", "full_jump_share",
-                                     "target_ema", "dropout", *training.FIXED], machine)
+                                     "full_jump_ramp", "target_ema", "dropout", *training.FIXED], machine)
 torch.manual_seed(seed)  # every process starts from the same weights
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
@@ -163,7 +164,8 @@ def batch(n: int):
     at, i = divmod(n, local_steps)
     j = i * machine.world + machine.rank                                        # this micro-step among all processes'
     first = at * sequences + j * batch_size
-    tau_s, tau_t = draw_times(gradient_accumulation_steps, full_jump_share, common.generator(seed, 4, at))
+    share = full_jump_share * (min(1, at / max_iters) if full_jump_ramp else 1)
+    tau_s, tau_t = draw_times(gradient_accumulation_steps, share, common.generator(seed, 4, at))
     return first, machine.put(data.rows(first, batch_size)), machine.put(tau_s[j]), machine.put(tau_t[j])
 
 

@@ -6,10 +6,12 @@
 out_dir = "out/palindromes"
 dataset = "palindromes"
 diagonal_share = 0.25
-full_jump_share = 1 / 3
+full_jump_share = 0.8
+full_jump_ramp = True
 batch_size = 128
 max_iters = 5500
-learning_rate = 2e-3
+learning_rate = 1e-3
+weight_decay = 0.1               # keeps Muon's matrices from growing without end
 min_lr = 2e-5
 optimizer = "muon"
 eval_interval = 500

@@ -6,7 +6,7 @@
     python sample.py --out_dir=out/palindromes --steps=1 --num_samples=8
 
 Every letter is uniform on its own and certain given its partner, so letters drawn independently make a palindrome once
-in 26^4 = 456,976 times. Eight minutes on a laptop, both stages.
+in 26^4 = 456,976 times. A quarter of an hour on one core, both stages.
 """
 
 out_dir = "out/palindromes"

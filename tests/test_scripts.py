@@ -120,6 +120,18 @@ def test_muon_takes_the_matrices_between_embedding_and_head():
     assert len(make_optimizers(net, "adamw", 1e-2, (0.9, 0.99), 0.0)) == 1
 
 
+def test_full_jumps_are_ramped_up(toy, tmp_path, monkeypatch):
+    """Every jump is full at the end of the run, none at its beginning, half of them between; without the ramp all are."""
+    folder, common, *_ = toy
+    monkeypatch.chdir(ROOT)
+    for ramp, expected in ((True, [0, 8, 16]), (False, [16, 16, 16])):
+        monkeypatch.setattr(sys, "argv", ["distill.py", *common, f"--out_dir={tmp_path / str(ramp)}", "--batch_size=16",
+                                          f"--teacher={folder / 'out' / 'flm.pt'}", "--diagonal_share=0", "--full_jump_share=1", f"--full_jump_ramp={ramp}"])
+        batch = runpy.run_path("distill.py")["batch"]
+        full = [int(((start == 0) & (end == 1)).sum()) for _, _, start, end in map(batch, (0, 3, 6))]  # of 6 steps
+        assert full == expected
+
+
 # ---------------------------------------------------------------- settings
 
 def test_config_file(toy, tmp_path, monkeypatch):
