@@ -7,9 +7,9 @@
 
 It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What
 is finished is never run again: a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be
-stopped at any time. The learning rate of every method is the best of the same three, by validation loss after a quarter
-of the steps, or, for distilled models, by what they are for at their headline number of steps after a quarter of the
-distillation.
+stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end, of
+further ones by factors of two: by validation loss after a part of the steps, or, for distilled models, by what they are
+for at their headline number of steps after the same part of the distillation.
 """
 
 import json
@@ -39,15 +39,16 @@ common.require_in(settings, "[1, inf)", "seeds")
 TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", *CLOCKS)
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 RATES = (1e-3, 2e-3, 4e-3)
-ALL = ["flm", "mdlm", "duo", "ar", "psd", "sdtt", "dcd"]                        # important ones first
+ALL = ["flm", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]                        # important ones first
 ABLATIONS = ["lsd", "esd", "self", "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
-    "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, position_std=0.2, samples=2000, batch=128,
-                        optimizer="muon", models=(ALL, ABLATIONS), shape=(), judging=("--temperatures=argmax,1",)),
-    "pydocs": dict(config="pydocs", iters=1500, distill_iters=1500, position_std=0.03, samples=1000, batch=64,
-                   optimizer="adamw", models=(ALL, [*ABLATIONS, *CLOCKS]),
-                   shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
-                   judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5,2,2.5", "--sweep_samples=100", "--scorer_samples=250"))}
+    "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, tuning=1 / 4, position_std=0.2, samples=2000,
+                        batch=128, optimizer="muon", models=(ALL, ABLATIONS), shape=(), brief=False,
+                        judging=("--temperatures=argmax,1",)),
+    "pydocs": dict(config="pydocs", iters=3000, distill_iters=1500, tuning=1 / 2, position_std=0.03, samples=1000, batch=64,
+                   optimizer="adamw", models=(ALL, [*ABLATIONS, *CLOCKS]),      # masked ones learn nothing for 1,000 steps
+                   shape=("--n_embd=128", "--block_size=32"), brief=True,       # half the demo's width and length, for time
+                   judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5,2,2.5", "--sweep_samples=50", "--scorer_samples=250"))}
 SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]),
                                            prepare=("--vocab_size=4096", "--out_dir=data/pydocs4096"))
 SWEEP = ("--temperatures=argmax,0.7,0.8,0.9,1,1.1", "--sweep_samples=0")        # of the clocks: rare tokens want it whole
@@ -84,7 +85,7 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     distilled model, not of its teacher). And about its run: the words of the command, the seconds it took, with pauses left
     out, and whether it finished."""
     about = SETS[dataset]
-    part = {1: "", 0.25: "-quarter"}.get(share, "-equal-time")
+    part = {1: "", about["tuning"]: "-tuning"}.get(share, "-equal-time")
     folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
     path = folder / f"{name}.pt"
     if name in CLOCKS or TEACHER.get(name) == "flm":
@@ -118,18 +119,22 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
 
 
 def best_rate(name: str, dataset: str) -> float:
-    """The learning rate of the three that is best after a quarter of the steps, from results/<set>/rates.json. One with
-    which the run diverges counts as infinitely bad."""
-    path = Path(results) / dataset / "rates.json"
+    """The learning rate that is best after a part of the steps, from results/<set>/rates.json: of RATES, and beyond their
+    ends while that gets better. One with which the run diverges counts as infinitely bad."""
+    path, rates = Path(results) / dataset / "rates.json", list(RATES)
     tried = read(path).get(name, {})
-    for rate in RATES:
-        if f"{rate:g}" not in tried:
-            checkpoint, record = model(name, dataset, 1, rate, 0.25)
-            tried[f"{rate:g}"] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
+    while rates:
+        rate = f"{rates.pop(0):g}"
+        if rate not in tried:
+            checkpoint, record = model(name, dataset, 1, float(rate), SETS[dataset]["tuning"])
+            tried[rate] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
             write(path, read(path) | {name: tried})
-    if min(tried.values()) == math.inf:
-        common.fail(f"{name} diverges with every learning rate; see {work}")
-    return float(min(tried, key=tried.get))
+        best = float(min(tried, key=tried.get))
+        if not rates and tried[f"{best:g}"] == math.inf:
+            common.fail(f"{name} diverges with every learning rate; see {work}")
+        if not rates:
+            rates = [beyond for beyond in (best / 2, best * 2) if f"{beyond:g}" not in tried]
+    return best
 
 
 def badness(name: str, dataset: str, checkpoint: Path) -> float:
@@ -160,6 +165,18 @@ def rate_of(name: str, dataset: str) -> float:
     return best_rate("flm" if name == "dense" or name in CLOCKS else name, dataset)
 
 
+def steps_of(name: str, seed: int, brief: bool) -> str:
+    """The numbers of evaluations a model is judged at: all, or, where judging is slow, for ablations and further seeds no
+    more than what is compared. An autoregressive model takes as many as a text has tokens."""
+    if name == "ar":
+        return "1"
+    if not brief or name in HEADLINE and seed == 1:
+        return ",".join(map(str, STEPS))
+    if name in TRAINED:
+        return str(HEADLINE["flm"])
+    return "8" if name in ("sdtt", "dcd") else "1,2,4"
+
+
 def measure(dataset: str) -> None:
     """All models of a set, the important ones first."""
     about, log = SETS[dataset], Path(work) / f"{dataset}.log"
@@ -175,11 +192,10 @@ def measure(dataset: str) -> None:
         rate = rate_of(name, dataset)
         checkpoint, training = model(name, dataset, seed, rate, equal_time(dataset, name) if equal else 1)
         require(training["finished"], checkpoint.with_suffix(".log"))
-        steps = "1" if name == "ar" else ",".join(map(str, STEPS))              # ar takes as many as a text has tokens
         if name in CLOCKS:
             record = evaluate(checkpoint, dataset, HEADLINE["flm"], more=SWEEP)
         else:
-            record = evaluate(checkpoint, dataset, HEADLINE[name] if equal else steps)
+            record = evaluate(checkpoint, dataset, HEADLINE[name] if equal else steps_of(name, seed, about["brief"]))
         seconds, loss = training["seconds"], {}
         if name in TEACHER:
             seconds += model(TEACHER[name], dataset, seed, rate_of(TEACHER[name], dataset))[1]["seconds"]

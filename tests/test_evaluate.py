@@ -348,7 +348,7 @@ def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
         assert "--learning_rate=0.002 " in trained and f"/clock{share} " in trained
     judged = [words for words in said if words.startswith("evaluate.py") and "/clock0/flm.pt" in words]
     assert len(judged) == 1 and "--steps=128 " in judged[0] and judged[0].rindex("--sweep_samples=0") > judged[0].rindex(
-        "--sweep_samples=100") and "ar.pt,some/lm" in judged[0]
+        "--sweep_samples=50") and "ar.pt,some/lm" in judged[0]
 
 
 def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
