@@ -300,11 +300,11 @@ def test_the_readme_follows_from_the_results(tmp_path):
 
 
 class Programs:
-    """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.004
-    diverges; 0.002 is best."""
+    """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.004,
+    or another, diverges; 0.002, or another, is best."""
 
-    def __init__(self, root):
-        self.root, self.started, self.stop_at = root, [], None
+    def __init__(self, root, best=0.002, diverging="0.004"):
+        self.root, self.started, self.stop_at, self.best, self.diverging = root, [], None, best, diverging
 
     def __call__(self, words, **_):
         words = words[1:]
@@ -313,10 +313,10 @@ class Programs:
             raise KeyboardInterrupt
         self.started.append(words[0])
         given = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        status = 1 if given.get("learning_rate") == "0.004" else 0
+        status = 1 if given.get("learning_rate") == self.diverging else 0
         if words[0] == "evaluate.py":
             rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
-            rows = [measurement(int(n), 0.9 - abs(rate - 0.002), 0.95)["rows"][1] for n in given["steps"].split(",")]
+            rows = [measurement(int(n), 0.9 - abs(rate - self.best), 0.95)["rows"][1] for n in given["steps"].split(",")]
             matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
             bound = dict(nats_per_token=dict(value=5.0, low=4.0, high=6.0), accuracy_nearly_clean=dict(value=0.5))
             Path(given["out"]).write_text(json.dumps(dict(
@@ -327,9 +327,24 @@ class Programs:
             folder = Path(given["out_dir"])
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.pt").touch()
-            loss = abs(float(given["learning_rate"]) - 0.002)
+            loss = abs(float(given["learning_rate"]) - self.best)
             (folder / f"{name}.jsonl").write_text(json.dumps(dict(step=1, val_loss=loss)) + "\n")
         return SimpleNamespace(wait=lambda: status)
+
+
+@pytest.mark.parametrize("best, diverging, tried", [
+    (0.002, "", [0.001, 0.002, 0.004]), (0.008, "", [0.001, 0.002, 0.004, 0.008, 0.016]),
+    (0.008, "0.008", [0.001, 0.002, 0.004, 0.008]), (0.0005, "0.004", [0.00025, 0.0005, 0.001, 0.002, 0.004])])
+def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, monkeypatch, best, diverging, tried):
+    monkeypatch.setattr(subprocess, "Popen", Programs(tmp_path, best, diverging))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=pydocs4096", f"--work={tmp_path / 'work'}",
+                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evidence.py", run_name="__main__")
+    rates = json.loads((tmp_path / "results" / "pydocs4096" / "rates.json").read_text())["flm"]
+    assert sorted(map(float, rates)) == tried
+    chosen = json.loads((tmp_path / "results" / "pydocs4096" / "clock1-seed1.json").read_text())["learning_rate"]
+    assert chosen == (0.004 if diverging == "0.008" else best)
 
 
 def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
