@@ -86,13 +86,14 @@ def uncover(head: torch.nn.Module, hidden: Tensor, z: Tensor, chosen: Tensor, ra
 def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: int, random: torch.Generator,
            temperature: float = 1.0) -> Tensor:
     """Tokens (B, L) from masks, in steps of equal length in tau: of the masks left at i / steps, 1 in steps - i is
-    uncovered, hence all in the last step. For a step that uncovers nothing the network is not asked."""
+    uncovered, hence all in the last step. Where a step uncovers nothing the network is not asked: at most L steps a text."""
     mask = model.config.vocab_size - 1
     z = torch.full((B, L), mask, device=model.embed.weight.device)
     for i in range(steps):
         chosen = choose(z, mask, 1 / (steps - i), random)
-        if chosen.any():
-            z = uncover(model.head, guess(model, z), z, chosen, random, temperature)
+        rows = chosen.any(1)
+        if rows.any():
+            z[rows] = uncover(model.head, guess(model, z[rows]), z[rows], chosen[rows], random, temperature)
     return z
 
 
