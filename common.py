@@ -131,6 +131,17 @@ def parse_steps(text: str) -> list[int]:
     return steps
 
 
+def parse_positive(name: str, words: list[str], example: str) -> list[float]:
+    """The numbers that setting `name` lists, sorted; exits unless all are positive and finite."""
+    try:
+        values = sorted(float(word) for word in words)
+    except ValueError:
+        values = [0.0]
+    if not all(0 < value < math.inf for value in values):
+        fail(f"{name}={','.join(words)}: expected positive numbers such as {example}")
+    return values
+
+
 # ---------------------------------------------------------------- device, processes, randomness
 
 def keep_memory() -> None:

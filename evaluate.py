@@ -9,6 +9,8 @@ Generative perplexity is how well the scorer, another model, predicts the texts.
 it, and the variety of the texts with it. So it stands beside measures of variety (metrics.py), and with several
 temperatures it is also read off where the texts are as varied as the data, if the sweep reaches that (`matched`). At a
 temperature every token is drawn, the last ones of a flow too; `argmax` is the flow's own way, which takes the likeliest.
+A flow map has another dial, the size of its noise: from less than it was trained on it makes more varied texts, with more
+rare tokens, and keeps its tokens in tune with each other, which drawing them does not (`--noise_scales=0.6,0.8,1`).
 
 What the scorer sees: the decoded text in its own tokens, after its begin-of-text token, so that the first token is scored
 too; what does not fit its context is cut off on the right; an end-of-text token inside a text is scored like any other.
@@ -44,6 +46,7 @@ dataset = "pydocs"               # its held-out text is the first row, its train
 block_size = 0                   # tokens in a text; 0 = those of the checkpoints or of the dataset's rows, else 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 temperatures = ""                # guesses are softmax(logits / temperature); several as argmax,0.8,1; "" = argmax or 1
+noise_scales = ""                # flow map only, in the place of temperatures: argmax, from noise times 1, 0.8, ..
 gamma = 0.0                      # flow map only: as in sample.py
 sweep_samples = 0                # first look with so many which temperatures have the data's entropy between them; 0 = keep all
 num_samples = 1000               # of a checkpoint; 0 = none
@@ -65,12 +68,9 @@ common.require_in(settings, "[0, 1]", "gamma")
 if num_samples == 1:
     common.fail("num_samples=1: one text cannot be compared with others; ask for more, or for 0 = none")
 wanted = common.parse_steps(steps)
-try:
-    sweep = [word if word == "argmax" else float(word) for word in temperatures.split(",") if word]
-except ValueError:
-    sweep = [0.0]
-if any(word != "argmax" and not 0 < word < math.inf for word in sweep):
-    common.fail(f"temperatures={temperatures}: expected positive numbers and argmax, such as 1 or argmax,0.8,1")
+words = [word for word in temperatures.split(",") if word]
+drawn_at = common.parse_positive("temperatures", [word for word in words if word != "argmax"], "argmax,0.8,1")
+scales = common.parse_positive("noise_scales", [word for word in noise_scales.split(",") if word], "0.6,0.8,1")
 machine = common.Machine(device, dtype)
 
 NEARLY_CLEAN = math.exp(12.6)                            # a signal-to-noise ratio at which a text can be read off its state
@@ -80,8 +80,9 @@ FILES = {"sdtt": "mdlm", "dcd": "duo"}                   # where distilled basel
 
 # ---------------------------------------------------------------- texts
 
-def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, number: int) -> np.ndarray:
-    """Tokens (number, L) of a checkpoint, at a temperature or, of a flow, by "argmax"."""
+def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, noise_scale: float, number: int
+             ) -> np.ndarray:
+    """Tokens (number, L) of a checkpoint, at a temperature or, of a flow, by "argmax", from noise times noise_scale."""
     kind = checkpoint["kind"]
     clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
     clock = noclock.NoClock(clock) if kind == "noclock" else clock
@@ -99,7 +100,7 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, numb
         normal = common.sample_normals(common.mix(seed, 7), range(first, first + B), L, machine.device)
         last = most_likely if temperature == "argmax" else functools.partial(drawn, random=random)
         net.head.temperature = 1.0 if temperature == "argmax" else temperature
-        z0 = latent_noise(E, factor, normal)
+        z0 = latent_noise(E, factor, normal) * noise_scale
         with precision():
             rows.append(sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal), last)
                         if kind == "fmlm" else sample_flow(net, clock, z0, n_steps, last))
@@ -107,16 +108,23 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, numb
     return torch.cat(rows).cpu().numpy()
 
 
-def near(checkpoint: dict, net, n_steps: int, chosen: list, usual: list) -> list:
-    """Of the chosen temperatures the usual one, and those that a first look finds around the entropy of held-out text."""
-    drawn_at = sorted(word for word in chosen if word != "argmax")
-    if len(drawn_at) < 3:
-        return chosen
-    looks = [metrics.sample_entropies(texts_of(checkpoint, net, n_steps, temperature, sweep_samples))
-             for temperature in drawn_at]
-    around = metrics.around(drawn_at, [h.mean() for h in looks], rows[0]["entropy"]["value"],
-                            2 * max(h.std() for h in looks) / sweep_samples ** 0.5)
-    return [word for word in chosen if word in usual and word not in around] + around
+def ways(kind: str) -> tuple[list[tuple], list[tuple]]:
+    """The pairs (temperature, noise scale) that texts of this kind of model are made at: its usual one, if asked for, and
+    those of the sweep, in the order in which entropy should rise."""
+    usual = [("argmax" if kind in FLOWS else 1.0, 1.0)]
+    if kind == "fmlm" and scales:
+        return usual, [("argmax", scale) for scale in reversed(scales)]
+    swept = [(temperature, 1.0) for temperature in drawn_at]
+    return [way for way in usual if way in swept or way[0] in words or not swept], swept
+
+
+def near(checkpoint: dict, net, n_steps: int, swept: list[tuple]) -> list[tuple]:
+    """Those of a sweep that a first look finds around the entropy of held-out text."""
+    if len(swept) < 3:
+        return swept
+    looks = [metrics.sample_entropies(texts_of(checkpoint, net, n_steps, *way, sweep_samples)) for way in swept]
+    return metrics.around(swept, [h.mean() for h in looks], rows[0]["entropy"]["value"],
+                          2 * max(h.std() for h in looks) / sweep_samples ** 0.5)
 
 
 def read_texts(path: str) -> np.ndarray:
@@ -315,17 +323,18 @@ for name in sources:
         continue
     checkpoint = checkpoints[name]
     net, kind = storage.build_model(checkpoint, machine.device), checkpoint["kind"]
-    usual = ["argmax"] if kind in FLOWS else [1.0]
+    usual, swept = ways(kind)
     for n_steps in wanted if num_samples else ():
-        drawn_at, chosen = [], [word for word in sweep if word != "argmax" or kind in FLOWS] or usual
-        for temperature in near(checkpoint, net, n_steps, chosen, usual) if sweep_samples else chosen:
-            tokens = texts_of(checkpoint, net, n_steps, temperature, num_samples)
-            row, scored = judge(f"{kind}, {n_steps} steps, {temperature}", tokens, source=name, kind=kind, steps=n_steps,
-                                temperature=temperature)
+        scored, around = {}, near(checkpoint, net, n_steps, swept) if sweep_samples else swept
+        for way in dict.fromkeys(usual + around):  # each once
+            temperature, noise_scale = way
+            tokens = texts_of(checkpoint, net, n_steps, *way, num_samples)
+            scale = dict(noise_scale=noise_scale) if noise_scale != 1 else {}
+            said = f"{kind}, {n_steps} steps, {temperature}{f', noise x {noise_scale:g}' if scale else ''}"
+            row, scored[way] = judge(said, tokens, source=name, kind=kind, steps=n_steps, temperature=temperature, **scale)
             rows.append(row)
-            drawn_at += [scored] if temperature != "argmax" else []
-        for key in scorers if len(drawn_at) > 1 else ():
-            at = match([scored[key] for scored in drawn_at], rows[0]["entropy"]["value"])
+        for key in scorers if len(around) > 1 else ():
+            at = match([scored[way][key] for way in around], rows[0]["entropy"]["value"])
             matched.setdefault(name, {}).setdefault(str(n_steps), {})[key] = at
             reached = f"{at['value']:.4g}" if at else "not reached"
             print(f"  perplexity {key} at the entropy of held-out text: {reached}")

@@ -27,6 +27,7 @@ steps = "1"                      # network evaluations a text; several as 1,2,4,
 flow_steps = 0                   # beside a flow map, also decode the same noise with the flow, in this many steps
 num_samples = 4
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
+noise_scale = 1.0                # size of the noise: less makes a flow map's texts more varied, with more rare tokens
 gamma = 0.0                      # flow map only: 0 deterministic, up to 1 = fresh noise after every step
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu
@@ -38,6 +39,7 @@ globals().update(settings)
 common.require_in(settings, "[1, inf)", "num_samples")
 common.require_in(settings, "[0, inf)", "flow_steps", "block_size", "seed")
 common.require_in(settings, "[0, 1]", "gamma")
+common.require_in(settings, "(0, inf)", "noise_scale")
 
 # ---------------------------------------------------------------- set-up
 
@@ -68,7 +70,7 @@ factor = noise_factor(E, E.size(1))  # the same kind of noise however many texts
 def generate(samples: range, n_steps: int, with_flow: bool) -> list[list[int]]:
     """The tokens of the texts with these numbers. Each has its own random numbers."""
     normal = common.sample_normals(common.mix(seed, 7), samples, L, machine.device)
-    z0 = latent_noise(E, factor, normal)                                        # (B, L, d)
+    z0 = latent_noise(E, factor, normal) * noise_scale                          # (B, L, d)
     if with_flow:
         tokens = sample_flow(flow if flow_steps else net, clock, z0, n_steps)
     else:
@@ -92,7 +94,8 @@ for n_steps, with_flow in runs:
     name = "FLM" if with_flow else "FMLM"
     print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups "
           f"of {GROUP}")
-    records += [dict(sample=i, model=name, steps=n_steps, text=encoding.decode(row), tokens=row, seed=seed, gamma=gamma)
+    records += [dict(sample=i, model=name, steps=n_steps, text=encoding.decode(row), tokens=row, seed=seed, gamma=gamma,
+                     noise_scale=noise_scale)
                 for i, row in enumerate(rows[:num_samples])]
 
 for i in range(num_samples):  # the same noise side by side

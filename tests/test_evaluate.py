@@ -147,6 +147,20 @@ def test_temperatures_are_matched(trained, tmp_path):
             assert low <= found["value"] <= high and found["low"] <= found["value"] <= found["high"], kind
 
 
+def test_a_flow_map_is_swept_by_the_size_of_its_noise(trained, tmp_path):
+    """By argmax from smaller noise, which sample.py makes the same texts from; the others by temperature, as ever."""
+    out, _, _ = trained
+    _, record = judged(trained, tmp_path, f"--source={out / 'mdlm.pt'},{out / 'fmlm.pt'}", "--steps=2",
+                       "--temperatures=argmax,0.5,2", "--noise_scales=0.5,1,2", "--num_samples=16")
+    rows = [(row["kind"], row["temperature"], row.get("noise_scale", 1)) for row in record["rows"][1:]]
+    assert rows == [("mdlm", 0.5, 1), ("mdlm", 2.0, 1), *[("fmlm", "argmax", scale) for scale in (1, 2.0, 0.5)]]
+    quick_run("sample.py", f"--out_dir={out}", "--steps=2", "--num_samples=16", "--noise_scale=0.5", "--device=cpu",
+              f"--out={tmp_path / 'half.jsonl'}", "--dtype=float32")
+    _, of_file = judged(trained, tmp_path, f"--source={tmp_path / 'half.jsonl'}", "--block_size=8")
+    assert of_file["rows"][1]["perplexity ar.pt"] == record["rows"][-1]["perplexity ar.pt"]
+    assert of_file["rows"][1]["perplexity ar.pt"] != record["rows"][-2]["perplexity ar.pt"]
+
+
 def test_a_first_look_leaves_out_temperatures_far_from_the_entropy_of_the_data(trained, tmp_path):
     """What is kept is judged as in the whole sweep, and gives the same perplexity at the data's entropy."""
     out, _, _ = trained
@@ -189,8 +203,9 @@ def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypa
     (["evaluate.py", "--source=OUT/flm.pt", "--dataset=DATA", "--scorer=OUT/flm.pt"], "what is needed here is a baseline (ar)"),
     (["evaluate.py", "--source=OUT/flm.pt", "--dataset=DATA", "--scorer=nowhere/lm"], "--scorer= for none"),
     (["evaluate.py", "--num_samples=1"], "num_samples=1: one text cannot be compared"),
-    (["evaluate.py", "--temperatures=warm"], "temperatures=warm: expected positive numbers and argmax"),
-    (["evaluate.py", "--temperatures=0"], "temperatures=0: expected positive numbers and argmax"),
+    (["evaluate.py", "--temperatures=warm"], "temperatures=warm: expected positive numbers such as argmax,0.8,1"),
+    (["evaluate.py", "--temperatures=0"], "temperatures=0: expected positive numbers such as argmax,0.8,1"),
+    (["evaluate.py", "--noise_scales=1,-1"], "noise_scales=1,-1: expected positive numbers such as 0.6,0.8,1"),
     (["evaluate.py", "--source=OUT/flm.pt", "--block_size=16"], "texts of 8 and 16 tokens cannot be judged together"),
     (["baselines/distill.py", "--max_iters=4"], "max_iters=4 is less than one step for each of 5 rounds"),
     (["baselines/distill.py", "--optimizer=adam"], "optimizer=adam: choose adamw, muon"),
