@@ -39,7 +39,7 @@ common.require_in(settings, "[1, inf)", "seeds")
 TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", *CLOCKS)
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 RATES = (1e-3, 2e-3, 4e-3)
-ALL = ["flm", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]                        # important ones first
+ALL = ["flm", "mdlm", "sdtt", "duo", "dcd", "psd", "ar"]                        # important ones first
 ABLATIONS = ["lsd", "esd", "self", "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
     "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, tuning=1 / 4, position_std=0.2, samples=2000,
