@@ -42,6 +42,7 @@ self_distill = False             # no teacher: the diagonal learns from the data
 diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
 full_jump_ramp = False           # that share grows evenly from 0 to this over the run: the full jump builds on shorter ones
+split = 0.5                      # psd: the two jumps of a target meet at this part of the way, on the clock
 target_ema = False               # compute targets with the moving average instead of the student itself
 dropout = 0.0                    # of the student; the teacher has none here
 # -- optimization
@@ -70,6 +71,7 @@ common.require_choice("objective", objective, OBJECTIVES)
 training.require_trainable(settings)
 common.require_in(settings, "[0, 1)", "diagonal_share")
 common.require_in(settings, "[0, 1]", "full_jump_share")
+common.require_in(settings, "(0, 1)", "split")
 common.require_in(settings, "[0, inf)", "block_size")
 
 # ---------------------------------------------------------------- set-up
@@ -87,7 +89,7 @@ flm = storage.load_checkpoint(teacher, "flm", trust_checkpoint)
 block_size = storage.set_length(flm, block_size, teacher)
 checkpoint = storage.load_resumable(path, "fmlm", init_from, settings,
                                     ["block_size", "objective", "self_distill", "diagonal_share", "full_jump_share",
-                                     "full_jump_ramp", "target_ema", "dropout", *training.FIXED], machine)
+                                     "full_jump_ramp", "split", "target_ema", "dropout", *training.FIXED], machine)
 torch.manual_seed(seed)  # every process starts from the same weights
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
@@ -136,7 +138,7 @@ def loss_terms(model, target, y, tau_s, tau_t, z0):
     """The loss, to differentiate; of every row, (B,), and the mass cut off the targets, per jump (B - n_diagonal,)."""
     with machine.autocast():
         loss, losses, cut = distillation_loss(model, target, None if self_distill else teacher_net, clock, objective,
-                                              y, tau_s, tau_t, z0, n_diagonal)
+                                              y, tau_s, tau_t, z0, n_diagonal, split)
     return loss, losses.mean(1), cut.mean(1)
 
 

@@ -52,10 +52,11 @@ def semigroup_weight(s: Tensor, u: Tensor, t: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the three objectives
 
 @torch.no_grad()
-def semigroup_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor
-                     ) -> Target:
-    """PSD: g delta_{s,u}(z) + (1 - g) delta_{u,t}(X_{s,u}(z)), with u halfway on the clock. Two forward passes."""
-    tau_u = (tau_s + tau_t) / 2
+def semigroup_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor,
+                     split: float = 0.5) -> Target:
+    """PSD: g delta_{s,u}(z) + (1 - g) delta_{u,t}(X_{s,u}(z)), with u at `split` of the way from s to t on the clock.
+    Two forward passes."""
+    tau_u = torch.lerp(tau_s, tau_t, split)
     s, u, t = (clock.t_of_tau(tau) for tau in (tau_s, tau_u, tau_t))
     first = target(z, tau_s, tau_u)                                             # (B, L, d)
     z_u = move(z, expected_embedding(target.head, first, target.embed.weight), s, u)
@@ -147,7 +148,7 @@ def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor
 
 
 def distillation_loss(student: Callable, target: Callable, teacher: Callable | None, clock: Clock, objective: str,
-                      y: Tensor, tau_s: Tensor, tau_t: Tensor, z0: Tensor, n_diagonal: int
+                      y: Tensor, tau_s: Tensor, tau_t: Tensor, z0: Tensor, n_diagonal: int, split: float = 0.5
                       ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of an FMLM, nats a token: the mean, to differentiate, and each (B, L); and the mass cut from off-diagonal
     targets, (B - n_diagonal, L).
@@ -158,8 +159,9 @@ def distillation_loss(student: Callable, target: Callable, teacher: Callable | N
     target: the network that off-diagonal targets are computed with: the student itself, or its moving average.
     teacher: the FLM; None for self-distillation, where the diagonal learns from the data, and the place of D_t is
     taken by the target network's own diagonal.
+    split: of psd, where on the way the two jumps of a target meet.
     """
-    n = n_diagonal
+    n, extra = n_diagonal, dict(split=split) if objective == "psd" else {}
     z = corrupt(student.embed.weight, y, clock.t_of_tau(tau_s), z0)
     hidden = student(z, tau_s, tau_t)                                           # (B, L, d)
     if teacher is None:
@@ -171,7 +173,8 @@ def distillation_loss(student: Callable, target: Callable, teacher: Callable | N
         total, diagonal, _ = kl_to_target(student.head, hidden[:n],
                                           (lambda h: teacher.head(h).softmax(-1), (denoised,)))
     more, off_diagonal, cut = kl_to_target(student.head, hidden[n:],
-                                           OBJECTIVES[objective](target, teacher, clock, z[n:], tau_s[n:], tau_t[n:]))
+                                           OBJECTIVES[objective](target, teacher, clock, z[n:], tau_s[n:], tau_t[n:],
+                                                                 **extra))
     return (total + more) / y.numel(), torch.cat([diagonal, off_diagonal]), cut
 
 

@@ -140,17 +140,33 @@ def test_exact_flow_map_is_one():
     assert torch.allclose(move(middle, model(middle, tau_u, TAU_T).exp() @ E, u, t), move(z, delta @ E, s, t), atol=1e-8)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_target_at_the_exact_flow_map_is_the_flow_map(objective):
+@pytest.mark.parametrize("objective, extra", [*((name, {}) for name in OBJECTIVES), ("psd", dict(split=0.1))])
+def test_target_at_the_exact_flow_map_is_the_flow_map(objective, extra):
     """Each objective's identity holds exactly, so the gradient of its loss there is zero."""
     model, z = ExactFlowMap(), state()
     exact = model(z, TAU_S, TAU_T).requires_grad_()
-    target = OBJECTIVES[objective](model, ExactFlow(), CLOCK, z, TAU_S, TAU_T)
+    target = OBJECTIVES[objective](model, ExactFlow(), CLOCK, z, TAU_S, TAU_T, **extra)
     p = target[0](*(x.flatten(0, 1) for x in target[1])).unflatten(0, (6, 2))
     assert torch.allclose(p, exact.exp(), atol=1e-5)
     total, loss, cut = kl_to_target(model.head, exact, target)
     assert loss.abs().max() < 1e-6 and cut.max() < 1e-6
     assert torch.autograd.grad(total, exact)[0].abs().max() < 1e-5
+
+
+def test_the_jumps_of_a_target_meet_where_split_says():
+    """The times that the network is asked for, and that a loss is computed with it."""
+    asked = []
+
+    class Recorder(ExactFlowMap):
+        def __call__(self, z, tau_s, tau_t, attention="auto"):
+            asked.append((tau_s, tau_t))
+            return super().__call__(z, tau_s, tau_t)
+    z0, y = state(8, 1), torch.randint(V, (8, 1))
+    both = [torch.cat([torch.tensor([0.2, 0.7]).double(), tau]) for tau in (TAU_S, TAU_T)]
+    distillation_loss(ExactFlowMap(), Recorder(), ExactFlow(), CLOCK, "psd", y, *both, z0, 2, split=0.25)
+    (start, met), (left, end) = asked
+    assert torch.equal(start, TAU_S) and torch.equal(end, TAU_T) and torch.equal(met, left)
+    assert torch.allclose(met, TAU_S + 0.25 * (TAU_T - TAU_S))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

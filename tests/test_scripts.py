@@ -94,7 +94,7 @@ def test_plot(toy):
 
 
 @pytest.mark.parametrize("options", [["--objective=lsd"], ["--objective=esd"], ["--self_distill=true"],
-                                     ["--target_ema=1"], ["--optimizer=muon", "--schedule=constant"]])
+                                     ["--target_ema=1", "--split=0.2"], ["--optimizer=muon", "--schedule=constant"]])
 def test_every_objective_runs(toy, options, tmp_path):
     folder, common, *_ = toy
     (tmp_path / "flm.pt").write_bytes((folder / "out" / "flm.pt").read_bytes())
