@@ -7,6 +7,4 @@ out_dir = "out/pydocs"
 dataset = "pydocs"
 max_iters = 600
 eval_iters = 4
-full_jump_share = 0.8            # in so short a run the full jump needs more than 1/32 to be learned at all
-full_jump_ramp = True
-target_ema = True
+full_jump_share = 0.2            # in so short a run the full jump needs more than 1/32 to be learned at all
