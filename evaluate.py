@@ -48,7 +48,7 @@ steps = "1"                      # network evaluations a text; several as 1,2,4,
 temperatures = ""                # guesses are softmax(logits / temperature); several as argmax,0.8,1; "" = argmax or 1
 noise_scales = ""                # flow map only, in the place of temperatures: argmax, from noise times 1, 0.8, ..
 gamma = 0.0                      # flow map only: as in sample.py
-sweep_samples = 0                # first look with so many which temperatures have the data's entropy between them; 0 = keep all
+sweep_samples = 0                # a first look with so many keeps what is around the data's entropy and rare tokens; 0 = all
 num_samples = 1000               # of a checkpoint; 0 = none
 batch_size = 100                 # texts made together
 copies_from = 10_000_000         # training tokens that copies are looked for in, from the start
@@ -119,12 +119,15 @@ def ways(kind: str) -> tuple[list[tuple], list[tuple]]:
 
 
 def near(checkpoint: dict, net, n_steps: int, swept: list[tuple]) -> list[tuple]:
-    """Those of a sweep that a first look finds around the entropy of held-out text."""
+    """Those of a sweep that a first look finds around the entropy of held-out text, or around its share of rare tokens."""
     if len(swept) < 3:
         return swept
-    looks = [metrics.sample_entropies(texts_of(checkpoint, net, n_steps, *way, sweep_samples)) for way in swept]
-    return metrics.around(swept, [h.mean() for h in looks], rows[0]["entropy"]["value"],
-                          2 * max(h.std() for h in looks) / sweep_samples ** 0.5)
+    looks, chosen = [texts_of(checkpoint, net, n_steps, *way, sweep_samples) for way in swept], []
+    for key, measure in (("entropy", metrics.sample_entropies), ("rare_256", rare_shares)):
+        values, target = [measure(tokens) for tokens in looks], rows[0][key]["value"]
+        error = 2 * max(v.std() for v in values) / sweep_samples ** 0.5
+        chosen += metrics.around(swept, [v.mean() for v in values], target, error) if target else []
+    return [way for way in swept if way in chosen]
 
 
 def read_texts(path: str) -> np.ndarray:
@@ -201,6 +204,11 @@ def score_foreign(tokenizer, network, tokens: np.ndarray, texts: list[str]) -> t
 
 # ---------------------------------------------------------------- a row of the table
 
+def rare_shares(tokens: np.ndarray) -> np.ndarray:
+    """Of each of the tokens (n, L) the share outside the 256 most common, (n,)."""
+    return metrics.rare_shares(tokens, training_counts, 256)
+
+
 def measured(value, interval) -> dict:
     return dict(value=float(value), low=interval[0], high=interval[1])
 
@@ -229,7 +237,7 @@ def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
                self_bleu=mean(metrics.self_bleu(equal)), unigram_kl=of_all(kl, equal),
                distinct_2=of_all(lambda t: metrics.distinct_ngrams(t, 2), equal),
                distinct_4=of_all(lambda t: metrics.distinct_ngrams(t, 4), equal),
-               rare_256=mean(metrics.rare_shares(tokens, training_counts, 256)),
+               rare_256=mean(rare_shares(tokens)),
                rare_2048=mean(metrics.rare_shares(tokens, training_counts, 2048)),
                longest_copy=mean(copies), copied=mean(copies >= tokens.shape[1] // 2),
                different=of_all(metrics.distinct, tokens))

@@ -59,11 +59,12 @@ def scores(folder: Path, name: str, steps: int) -> tuple[list[float], float]:
 
 
 def at_rare_share(record: dict, steps: int) -> float | None:
-    """The perplexity under the last scorer at held-out text's share of rare tokens, from a sweep over temperatures."""
-    rows = [row for row in record["rows"][1:] if row["steps"] == steps and row["temperature"] != "argmax"]
-    log_perplexities = [math.log(row[f"perplexity {record['scorers'][-1]}"]["value"]) for row in rows]
-    found = metrics.entropy_matched([row["rare_256"]["value"] for row in rows], log_perplexities,
-                                    record["rows"][0]["rare_256"]["value"])
+    """The perplexity under the last scorer at held-out text's share of rare tokens, from the sweep over temperatures, or, of
+    a flow map, over sizes of noise."""
+    rows = [row for row in record["rows"][1:] if row["steps"] == steps and not is_puzzle(record)]
+    drawn = [row for row in rows if row["temperature"] != "argmax"] or rows
+    pairs = sorted((row["rare_256"]["value"], math.log(row[f"perplexity {record['scorers'][-1]}"]["value"])) for row in drawn)
+    found = metrics.entropy_matched(*zip(*pairs), record["rows"][0]["rare_256"]["value"]) if pairs else None
     return None if found is None else math.exp(found)
 
 
@@ -96,6 +97,17 @@ def table(folder: Path) -> list[str]:
                                                f"as long as {SHOWN[EQUAL_TIME[name]]}")
             lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
     return lines
+
+
+def rare_table(folder: Path) -> list[str]:
+    """The same where the texts have as many rare tokens as held-out text, of which their entropy does not tell."""
+    lines = ["", "Perplexity at its share of rare tokens instead, those outside the 256 most common (mean over the seeds):", "",
+             "| evaluations | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
+    for name, title in SHOWN.items():
+        values = [[x for record in found(folder, name) if (x := at_rare_share(record, steps))] for steps in STEPS]
+        if any(values):
+            lines.append(f"| {title} | " + " | ".join(format(statistics.mean(v), ".0f") if v else "" for v in values) + " |")
+    return lines if len(lines) > 5 else []
 
 
 def clock_table(folder: Path) -> list[str]:
@@ -183,8 +195,8 @@ def section(results: Path) -> str:
     """What the README says, from the files in results/ alone."""
     parts = []
     for folder in measured_sets(results):
-        parts += [f"**{title_of(folder)}.**", "", *table(folder), *clock_table(folder), *noise_line(folder), "",
-                  *verdicts(folder), "", f"![quality against steps, and against entropy]({folder}.png)", ""]
+        parts += [f"**{title_of(folder)}.**", "", *table(folder), *rare_table(folder), *clock_table(folder),
+                  *noise_line(folder), "", *verdicts(folder), "", f"![quality against steps, and against entropy]({folder}.png)", ""]
     return "\n".join(parts)
 
 

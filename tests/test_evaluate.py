@@ -301,6 +301,11 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
     assert "| mean of both | 1000 ± 0 | 1000 | 5.500 ± 0.250 | 75.0% |" in text
     assert "| reads d coordinates | 1000 ± 0 | not reached | 5.500 ± 0.250 | 75.0% |" in text
     assert "4.250 with noise drawn in d dimensions, 4.500 with noise drawn in V" in text and "**" not in text.split("V.\n")[1]
+    scaled = [row("argmax", 2.0, 0.2, 100.0), row("argmax", 2.5, 0.4, 2500.0), row("argmax", 1.8, 0.1, 10.0)]
+    (folder / "psd-seed1.json").write_text(json.dumps(record | dict(rows=[rows[0], *scaled])))  # swept by noise
+    quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={readme}")
+    assert "| evaluations | 1 | 2 | 4 | 8 | 16 | 32 | 128 |\n|---|---|---|---|---|---|---|---|\n| FMLM, PSD |  |  |  |  |  |  " \
+           "| 500 |\n| FLM, V-dimensional noise |  |  |  |  |  |  | 1000 |\n" in readme.read_text()
 
 
 def test_the_readme_follows_from_the_results(tmp_path):
