@@ -27,7 +27,7 @@ steps = "1"                      # network evaluations a text; several as 1,2,4,
 flow_steps = 0                   # beside a flow map, also decode the same noise with the flow, in this many steps
 num_samples = 4
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
-noise_scale = 1.0                # size of the noise: less makes a flow map's texts more varied, with more rare tokens
+noise_scale = 1.0                # size of the first noise: less makes a flow map's texts more varied
 gamma = 0.0                      # flow map only: 0 deterministic, up to 1 = fresh noise after every step
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu
