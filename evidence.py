@@ -48,7 +48,7 @@ SETS = {  # positions of the size of the embedding's rows for models that read c
     "pydocs": dict(config="pydocs", iters=3000, distill_iters=1500, tuning=1 / 2, position_std=0.03, samples=1000, batch=64,
                    optimizer="adamw", models=(ALL, [*ABLATIONS, *CLOCKS]),      # masked ones learn nothing for 1,000 steps
                    shape=("--n_embd=128", "--block_size=32"), brief=True,       # half the demo's width and length, for time
-                   judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5", "--noise_scales=0.5,0.6,0.7,0.8,0.9,1,1.1",
+                   judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5", "--noise_scales=0.5,0.6,0.7,0.8,0.9,1,1.1,1.3,1.6",
                             "--sweep_samples=50", "--scorer_samples=250"))}
 SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]),
                                            prepare=("--vocab_size=4096", "--out_dir=data/pydocs4096"))

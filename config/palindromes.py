@@ -15,8 +15,8 @@ n_layer = 3
 n_head = 4
 n_embd = 128
 block_size = 8
-position_std = 3.0               # larger than the noise: layer norm divides by the length of both, and two letters whose noise
-                                 # is longer than usual, or shorter, are then scaled against their mirror image
+position_std = 3.0               # larger than the noise: layer norm, which divides by the length of both, then scales the letters
+                                 # of a pair nearly alike
 time_scale = 1000.0              # better at one step, worse at several
 batch_size = 128
 max_iters = 1000
