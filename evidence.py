@@ -14,6 +14,7 @@ for at their headline number of steps after the same part of the distillation.
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -81,10 +82,16 @@ def require(ended_well: bool, log: Path) -> None:
         common.fail(f"a run failed; its last words are in {log}")
 
 
+def core_seconds() -> float:
+    """Of all programs run so far."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -> tuple[Path, dict]:
     """The checkpoint of a model, trained now unless it is there: `share` of the steps, its learning rate as given (of a
-    distilled model, not of its teacher). And about its run: the words of the command, the seconds it took, with pauses left
-    out, and whether it finished."""
+    distilled model, not of its teacher). And about its run: the words of the command, the seconds of a core that it took,
+    pauses and what else the machine does left out, and whether it finished."""
     about = SETS[dataset]
     part = {1: "", about["tuning"]: "-tuning"}.get(share, "-equal-time")
     folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
@@ -109,12 +116,12 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     if record["words"] != words:
         common.fail(f"{path} was trained otherwise ({' '.join(record['words'])}); move it away")
     if not record["finished"]:
-        start = time.perf_counter()
+        start = core_seconds()
         try:
             resume = ["--init_from=resume"] if path.exists() else []
             record["finished"] = run(path.with_suffix(".log"), *words, *resume)
         finally:
-            record["seconds"] += time.perf_counter() - start
+            record["seconds"] += core_seconds() - start
             write(about_run, record)
     return path, record
 

@@ -2,7 +2,7 @@
 results/ alone. `python evidence.py --report` writes them.
 
 Functions of the folder `results`, which has a folder for every set; in it a file for every model and seed, as evaluate.py
-wrote it, with its learning rate and the seconds it was trained.
+wrote it, with its learning rate and the core seconds it was trained.
 """
 
 import json
@@ -85,7 +85,7 @@ def entry(folder: Path, name: str, steps: int) -> str:
 
 
 def table(folder: Path) -> list[str]:
-    lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, s | at equal time |",
+    lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, core seconds | at equal time |",
              "|---" * (len(STEPS) + 3) + "|"]
     for name, title in SHOWN.items():
         if records := found(folder, name):
