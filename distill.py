@@ -39,6 +39,7 @@ wandb_project = ""               # log there too, if named
 # -- method
 objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian)
 self_distill = False             # no teacher: the diagonal learns from the data
+teacher_temperature = 1.0        # above 1 the teacher's guesses are softer: a map's texts are less varied than its flow's
 diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
 full_jump_ramp = False           # that share grows evenly from 0 to this over the run: the full jump builds on shorter ones
@@ -72,6 +73,7 @@ training.require_trainable(settings)
 common.require_in(settings, "[0, 1)", "diagonal_share")
 common.require_in(settings, "[0, 1]", "full_jump_share")
 common.require_in(settings, "(0, 1)", "split")
+common.require_in(settings, "(0, inf)", "teacher_temperature")
 common.require_in(settings, "[0, inf)", "block_size")
 
 # ---------------------------------------------------------------- set-up
@@ -83,19 +85,23 @@ sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 n_diagonal = round(diagonal_share * batch_size)
 if not 0 <= n_diagonal < batch_size:
     common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
+if self_distill and teacher_temperature != 1:
+    common.fail("self_distill learns from the data, not from a teacher; leave out teacher_temperature or set it to 1")
 
 teacher = teacher or str(Path(out_dir) / "flm.pt")
 flm = storage.load_checkpoint(teacher, "flm", trust_checkpoint)
 block_size = storage.set_length(flm, block_size, teacher)
 checkpoint = storage.load_resumable(path, "fmlm", init_from, settings,
-                                    ["block_size", "objective", "self_distill", "diagonal_share", "full_jump_share",
-                                     "full_jump_ramp", "split", "target_ema", "dropout", *training.FIXED], machine)
+                                    ["block_size", "objective", "self_distill", "teacher_temperature",
+                                     "diagonal_share", "full_jump_share", "full_jump_ramp", "split", "target_ema",
+                                     "dropout", *training.FIXED], machine)
 torch.manual_seed(seed)  # every process starts from the same weights
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
 storage.require_same_vocabulary(flm, data)
 
 flow = storage.build_model(flm, machine.device)
+flow.head.temperature = teacher_temperature
 if checkpoint:
     student = storage.build_model(checkpoint, machine.device, "model")
     if not torch.equal(student.embed.weight, flow.embed.weight):

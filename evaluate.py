@@ -46,8 +46,8 @@ dataset = "pydocs"               # its held-out text is the first row, its train
 block_size = 0                   # tokens in a text; 0 = those of the checkpoints or of the dataset's rows, else 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 temperatures = ""                # guesses are softmax(logits / temperature); several as argmax,0.8,1; "" = argmax or 1
-noise_scales = ""                # flow map only, in the place of temperatures: argmax, from noise times 1, 0.8, ..
-gamma = 0.0                      # flow map only: as in sample.py
+noise_scales = ""                # flow map only: its sweep is over the noise it starts from, and its last guess an argmax
+gamma = 0.0                      # of flows and flow maps: as in sample.py
 sweep_samples = 0                # a first look with so many keeps what is around the data's entropy and rare tokens; 0 = all
 num_samples = 1000               # of a checkpoint; 0 = none
 batch_size = 100                 # texts made together
@@ -98,22 +98,26 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
                 rows.append(sample(net, clock, B, L, n_steps, random, temperature))
             continue
         normal = common.sample_normals(common.mix(seed, 7), range(first, first + B), L, machine.device)
-        last = most_likely if temperature == "argmax" else functools.partial(drawn, random=random)
+        by_argmax = temperature == "argmax" or kind == "fmlm" and scales
+        last = most_likely if by_argmax else functools.partial(drawn, random=random)
         net.head.temperature = 1.0 if temperature == "argmax" else temperature
         z0 = latent_noise(E, factor, normal) * noise_scale
         with precision():
-            rows.append(sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal), last)
-                        if kind == "fmlm" else sample_flow(net, clock, z0, n_steps, last))
+            decode = sample_flow_map if kind == "fmlm" else sample_flow
+            rows.append(decode(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal), last))
     net.head.temperature = 1.0
     return torch.cat(rows).cpu().numpy()
 
 
-def ways(kind: str) -> tuple[list[tuple], list[tuple]]:
+def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
     """The pairs (temperature, noise scale) that texts of this kind of model are made at: its usual one, if asked for, and
-    those of the sweep, in the order in which entropy should rise."""
+    those of the sweep, in the order in which entropy should rise. With noise_scales the last guess of a map is an argmax
+    everywhere: what makes its texts more varied is less noise, and less varied a temperature below 1 on the way, or, in
+    one step, which has no way, more noise."""
     usual = [("argmax" if kind in FLOWS else 1.0, 1.0)]
     if kind == "fmlm" and scales:
-        return usual, [("argmax", scale) for scale in reversed(scales)]
+        colder = [(temperature, 1.0) for temperature in drawn_at if temperature < 1 < n_steps]
+        return usual, colder + [("argmax", scale) for scale in reversed(scales) if scale <= 1 or n_steps == 1]
     swept = [(temperature, 1.0) for temperature in drawn_at]
     return [way for way in usual if way in swept or way[0] in words or not swept], swept
 
@@ -331,8 +335,8 @@ for name in sources:
         continue
     checkpoint = checkpoints[name]
     net, kind = storage.build_model(checkpoint, machine.device), checkpoint["kind"]
-    usual, swept = ways(kind)
     for n_steps in wanted if num_samples else ():
+        usual, swept = ways(kind, n_steps)
         scored, around = {}, near(checkpoint, net, n_steps, swept) if sweep_samples else swept
         for way in dict.fromkeys(usual + around):  # each once
             temperature, noise_scale = way

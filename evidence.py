@@ -40,7 +40,8 @@ common.require_in(settings, "[1, inf)", "seeds")
 TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", *CLOCKS)
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 RATES = (1e-3, 2e-3, 4e-3)
-ALL = ["flm", "mdlm", "sdtt", "duo", "dcd", "psd", "ar"]                        # important ones first
+SAMPLERS = {"gamma": ("flm", "--gamma=0.9")}                                    # other ways to sample a model of this list
+ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               # important ones first
 ABLATIONS = ["lsd", "esd", "self", "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
     "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, tuning=1 / 4, position_std=0.2, samples=2000,
@@ -109,7 +110,7 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
         words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
                  f"--optimizer={about['optimizer']}", *words]
     else:
-        objective = ["--objective=psd", "--self_distill"] if name == "self" else [f"--objective={name}"]
+        objective = ["--objective=psd", "--self_distill", "--teacher_temperature=1"] if name == "self" else [f"--objective={name}"]
         words = ["distill.py", f"config/distill_{about['config']}.py", *objective, f"--teacher={teacher}", *words]
     about_run = path.with_suffix(".run.json")
     record = read(about_run) or dict(words=words, seconds=0.0, finished=False)
@@ -170,7 +171,7 @@ def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool =
 
 def rate_of(name: str, dataset: str) -> float:
     """`dense` has the expected loss of `flm`, and the clocks are to be compared at the same rate: all as `flm`."""
-    return best_rate("flm" if name == "dense" or name in CLOCKS else name, dataset)
+    return best_rate("flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name, dataset)
 
 
 def steps_of(name: str, seed: int, brief: bool) -> str:
@@ -178,6 +179,8 @@ def steps_of(name: str, seed: int, brief: bool) -> str:
     more than what is compared. An autoregressive model takes as many as a text has tokens."""
     if name == "ar":
         return "1"
+    if name == "gamma":
+        return "8,32,128" if seed == 1 else "128"
     if not brief or name in HEADLINE and seed == 1:
         return ",".join(map(str, STEPS))
     if name in TRAINED:
@@ -198,12 +201,13 @@ def measure(dataset: str) -> None:
             continue
         name, equal = name.removesuffix("-equal"), name.endswith("-equal")
         rate = rate_of(name, dataset)
-        checkpoint, training = model(name, dataset, seed, rate, equal_time(dataset, name) if equal else 1)
+        trained, *more = SAMPLERS.get(name, (name,))
+        checkpoint, training = model(trained, dataset, seed, rate, equal_time(dataset, name) if equal else 1)
         require(training["finished"], checkpoint.with_suffix(".log"))
         if name in CLOCKS:
             record = evaluate(checkpoint, dataset, HEADLINE["flm"], more=SWEEP)
         else:
-            record = evaluate(checkpoint, dataset, HEADLINE[name] if equal else steps_of(name, seed, about["brief"]))
+            record = evaluate(checkpoint, dataset, HEADLINE[name] if equal else steps_of(name, seed, about["brief"]), more=more)
         seconds, loss = training["seconds"], {}
         if name in TEACHER:
             seconds += model(TEACHER[name], dataset, seed, rate_of(TEACHER[name], dataset))[1]["seconds"]

@@ -321,14 +321,45 @@ def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(z, target, per_sample(step_size(s, t), z))
 
 
+def overshot(t: Tensor, gamma: float) -> Tensor:
+    """t~ with 1 - t~ = (1 - t) sqrt(1 - gamma^2): where to move so that fresh noise leads back to t."""
+    return 1 - (1 - t) * math.sqrt(1 - gamma ** 2)
+
+
+def renoise(z: Tensor, beyond: Tensor, t: Tensor, z0: Tensor) -> Tensor:
+    """The state at t from the one at t~ = beyond >= t, (1,) each: (t / t~) z + sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0.
+    z, z0 (B, L, d)."""
+    kept = t / beyond
+    fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
+    return kept.to(z.dtype) * z + fresh.to(z.dtype) * z0
+
+
 @torch.no_grad()
-def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int, last: Callable = most_likely) -> Tensor:
-    """Tokens (B, L) from noise z (B, L, d): Euler steps on a uniform grid of tau, the last one an argmax, or whatever
-    last(head, hidden) makes of it."""
+def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float,
+           noise: Callable[[], Tensor] | None, last: Callable) -> Tensor:
+    """Tokens (B, L) from noise z (B, L, d): moves on a uniform grid of tau, each to where hidden = guess(z, tau_s, tau_t)
+    (B, L, d) says, the last one an argmax, or whatever last(head, hidden) makes of it.
+
+    gamma in [0, 1] makes it stochastic: instead of landing at t, go further, to t~ with 1 - t~ = (1 - t) sqrt(1 - gamma^2),
+    and add noise until the state is as noisy as at t again, (t / t~) z + sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0.
+    noise() draws a fresh z0 (B, L, d).
+    """
     tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
-    E = model.embed.weight
     for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each
-        hidden = model(z, here.expand(len(z)))
+        s, t = clock.t_of_tau(here), clock.t_of_tau(there)
+        beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)                        # t~
+        hidden = guess(z, here.expand(len(z)), clock.tau_of_t(beyond).expand(len(z)))
         if i < steps - 1:
-            z = move(z, expected_embedding(model.head, hidden, E), clock.t_of_tau(here), clock.t_of_tau(there))
+            z = move(z, expected_embedding(model.head, hidden, model.embed.weight), s, beyond)
+            if gamma:
+                kept = t / beyond
+                fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
+                z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()
     return last(model.head, hidden)
+
+
+def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
+                noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
+    """Tokens (B, L) by Euler steps; see `decode`. With gamma the errors of a step can be put right by later ones, but every
+    step is longer: it needs many steps, 32 or more, and does harm in few."""
+    return decode(lambda z, tau, _: model(z, tau), model, clock, z, steps, gamma, noise, last)

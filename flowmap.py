@@ -20,14 +20,13 @@ Every objective is a KL divergence to a target without gradient. `student` and `
 frozen E, so they see the same noisy state.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flow import (Clock, SoftmaxCrossEntropy, corrupt, cross_entropy, expected_embedding, most_likely, move, step_size,
-                  sum_by_tokens)
+from flow import (Clock, SoftmaxCrossEntropy, corrupt, cross_entropy, decode, expected_embedding, most_likely, move,
+                  step_size, sum_by_tokens)
 
 Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a function of slices of those (B, L, ..) -> (n, V)
 
@@ -190,24 +189,7 @@ class OwnDiagonal:
 
 # ---------------------------------------------------------------- sampling
 
-@torch.no_grad()
 def sample_flow_map(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
                     noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
-    """Tokens (B, L) from noise z (B, L, d): `steps` jumps on a uniform grid of tau, the last one an argmax, or whatever
-    last(head, hidden) makes of it.
-
-    gamma in [0, 1] makes it stochastic: instead of landing at t, jump further, to t~ with 1 - t~ = (1 - t)
-    sqrt(1 - gamma^2), and add noise until the state is as noisy as at t again. noise() draws a fresh z0 (B, L, d).
-    """
-    tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
-    for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each
-        s, t = clock.t_of_tau(here), clock.t_of_tau(there)
-        beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)                        # t~
-        hidden = model(z, here.expand(len(z)), clock.tau_of_t(beyond).expand(len(z)))
-        if i < steps - 1:
-            z = move(z, expected_embedding(model.head, hidden, model.embed.weight), s, beyond)
-            if gamma:
-                kept = t / beyond
-                fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
-                z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()
-    return last(model.head, hidden)
+    """Tokens (B, L) by jumps X_{s,t}; see flow.decode."""
+    return decode(model, model, clock, z, steps, gamma, noise, last)

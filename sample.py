@@ -28,7 +28,8 @@ flow_steps = 0                   # beside a flow map, also decode the same noise
 num_samples = 4
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
 noise_scale = 1.0                # size of the first noise: less makes a flow map's texts more varied
-gamma = 0.0                      # flow map only: 0 deterministic, up to 1 = fresh noise after every step
+temperature = 1.0                # of the guesses on the way; below 1 for likelier texts of commoner words, not in one step
+gamma = 0.0                      # 0 deterministic, up to 1 = fresh noise after every step; of a flow only in many steps
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu
 dtype = "auto"                   # bfloat16, float16 or float32: whichever matrix products are fast in
@@ -39,7 +40,7 @@ globals().update(settings)
 common.require_in(settings, "[1, inf)", "num_samples")
 common.require_in(settings, "[0, inf)", "flow_steps", "block_size", "seed")
 common.require_in(settings, "[0, 1]", "gamma")
-common.require_in(settings, "(0, inf)", "noise_scale")
+common.require_in(settings, "(0, inf)", "noise_scale", "temperature")
 
 # ---------------------------------------------------------------- set-up
 
@@ -54,8 +55,6 @@ if machine.world > 1:
 checkpoint = storage.find_checkpoint(Path(out_dir), model, init_from, trust_checkpoint)
 L = storage.set_length(checkpoint, block_size, init_from)
 is_map = checkpoint["model_config"]["flow_map"]
-if gamma and not is_map:
-    common.fail("gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0")
 net = storage.build_model(checkpoint, machine.device)
 if flow_steps:
     flow = storage.build_model(storage.load_checkpoint(Path(out_dir) / "flm.pt", "flm"), machine.device)
@@ -71,10 +70,9 @@ def generate(samples: range, n_steps: int, with_flow: bool) -> list[list[int]]:
     """The tokens of the texts with these numbers. Each has its own random numbers."""
     normal = common.sample_normals(common.mix(seed, 7), samples, L, machine.device)
     z0 = latent_noise(E, factor, normal) * noise_scale                          # (B, L, d)
-    if with_flow:
-        tokens = sample_flow(flow if flow_steps else net, clock, z0, n_steps)
-    else:
-        tokens = sample_flow_map(net, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal))
+    network, decode = (flow if flow_steps else net, sample_flow) if with_flow else (net, sample_flow_map)
+    network.head.temperature = temperature
+    tokens = decode(network, clock, z0, n_steps, gamma, lambda: latent_noise(E, factor, normal))
     return tokens.tolist()                                                      # waits for the device
 
 
@@ -95,7 +93,7 @@ for n_steps, with_flow in runs:
     print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups "
           f"of {GROUP}")
     records += [dict(sample=i, model=name, steps=n_steps, text=encoding.decode(row), tokens=row, seed=seed, gamma=gamma,
-                     noise_scale=noise_scale)
+                     temperature=temperature, noise_scale=noise_scale)
                 for i, row in enumerate(rows[:num_samples])]
 
 for i in range(num_samples):  # the same noise side by side

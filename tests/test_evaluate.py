@@ -5,6 +5,7 @@ The baselines, evaluate.py and evidence.py as programs: trained, distilled, judg
 
 import json
 import math
+import os
 import runpy
 import shutil
 import subprocess
@@ -148,17 +149,33 @@ def test_temperatures_are_matched(trained, tmp_path):
 
 
 def test_a_flow_map_is_swept_by_the_size_of_its_noise(trained, tmp_path):
-    """By argmax from smaller noise, which sample.py makes the same texts from; the others by temperature, as ever."""
+    """By argmax from smaller noise, and from guesses on the way at a temperature below 1; sample.py makes the same texts.
+    In one step, where there is no way, from larger noise instead. The others by temperature, as ever."""
     out, _, _ = trained
     _, record = judged(trained, tmp_path, f"--source={out / 'mdlm.pt'},{out / 'fmlm.pt'}", "--steps=2",
-                       "--temperatures=argmax,0.5,2", "--noise_scales=0.5,1,2", "--num_samples=16")
+                       "--temperatures=argmax,0.01,2", "--noise_scales=0.5,1,2", "--num_samples=16")
     rows = [(row["kind"], row["temperature"], row.get("noise_scale", 1)) for row in record["rows"][1:]]
-    assert rows == [("mdlm", 0.5, 1), ("mdlm", 2.0, 1), *[("fmlm", "argmax", scale) for scale in (1, 2.0, 0.5)]]
-    quick_run("sample.py", f"--out_dir={out}", "--steps=2", "--num_samples=16", "--noise_scale=0.5", "--device=cpu",
-              f"--out={tmp_path / 'half.jsonl'}", "--dtype=float32")
-    _, of_file = judged(trained, tmp_path, f"--source={tmp_path / 'half.jsonl'}", "--block_size=8")
-    assert of_file["rows"][1]["perplexity ar.pt"] == record["rows"][-1]["perplexity ar.pt"]
-    assert of_file["rows"][1]["perplexity ar.pt"] != record["rows"][-2]["perplexity ar.pt"]
+    assert rows == [("mdlm", 0.01, 1), ("mdlm", 2.0, 1), ("fmlm", "argmax", 1), ("fmlm", 0.01, 1), ("fmlm", "argmax", 0.5)]
+    ours = [row["perplexity ar.pt"] for row in record["rows"][3:]]
+    for how, expected in (("--noise_scale=0.5", ours[2]), ("--temperature=0.01", ours[1])):
+        quick_run("sample.py", f"--out_dir={out}", "--steps=2", "--num_samples=16", how, "--device=cpu",
+                  f"--out={tmp_path / 'same.jsonl'}", "--dtype=float32")
+        _, of_file = judged(trained, tmp_path, f"--source={tmp_path / 'same.jsonl'}", "--block_size=8")
+        assert of_file["rows"][1]["perplexity ar.pt"] == expected != ours[0]
+    _, record = judged(trained, tmp_path, f"--source={out / 'fmlm.pt'}", "--steps=1", "--temperatures=argmax,0.5",
+                       "--noise_scales=0.5,1,2", "--num_samples=16")
+    assert [(row["temperature"], row.get("noise_scale", 1)) for row in record["rows"][1:]] == [
+        ("argmax", 1), ("argmax", 2.0), ("argmax", 0.5)]
+
+
+def test_gamma_draws_fresh_noise_for_flows_and_flow_maps(trained, tmp_path):
+    out, _, _ = trained
+    source = f"--source={out / 'flm.pt'},{out / 'fmlm.pt'}"
+    (_, still), (_, again), (_, stirred) = (judged(trained, tmp_path, source, "--steps=8", "--num_samples=16", f"--gamma={gamma}")
+                                            for gamma in (0, 0, 0.7))
+    for kind in (1, 2):
+        assert still["rows"][kind] == again["rows"][kind]
+        assert still["rows"][kind]["perplexity ar.pt"] != stirred["rows"][kind]["perplexity ar.pt"]
 
 
 def test_a_first_look_leaves_out_temperatures_far_from_the_entropy_of_the_data(trained, tmp_path):
@@ -226,7 +243,7 @@ def test_mistakes(words, complaint, trained, monkeypatch):
 
 def measurement(steps, valid, high, seconds=10.0):
     row = dict(valid=dict(value=valid, low=2 * valid - high, high=high), entropy=dict(value=2.0), steps=steps, samples=2000,
-               temperature="argmax", different=dict(value=0.9 if valid == 0.4 else 1.0))
+               kind="fmlm", temperature="argmax", different=dict(value=0.9 if valid == 0.4 else 1.0))
     return dict(rows=[dict(entropy=dict(value=2.0), rare_256=dict(value=0.3)), row], seconds=seconds, scorers=["judge"])
 
 
@@ -236,7 +253,7 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
     folder = tmp_path / "results" / "palindromes"
     folder.mkdir(parents=True)
     for name, seconds in {"flm": 3, "mdlm": 2, "duo": 4, "ar": 1, "psd": 22, "sdtt": 12, "dcd": 9, "lsd": 1, "esd": 1,
-                          "self": 1, "mse": 1, "noclock": 1, "dense": 1}.items():
+                          "gamma": 1, "self": 1, "mse": 1, "noclock": 1, "dense": 1}.items():
         (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds)))
     rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
              ("mdlm", "duo", "sdtt", "dcd")}
@@ -284,8 +301,8 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
     def value(x):
         return dict(value=x, low=x - 0.25, high=x + 0.25)
 
-    def row(temperature, entropy, rare, perplexity):
-        return {"steps": 128, "temperature": temperature, "entropy": value(entropy), "rare_256": value(rare),
+    def row(temperature, entropy, rare, perplexity, kind="flm"):
+        return {"kind": kind, "steps": 128, "temperature": temperature, "entropy": value(entropy), "rare_256": value(rare),
                 "perplexity judge": value(perplexity), "different": value(1.0), "samples": 1000}
     rows = [dict(entropy=value(2.0), rare_256=value(0.3)), row("argmax", 3.0, 0.9, 1.0), row(0.8, 1.0, 0.2, 100.0),
             row(1.0, 3.0, 0.4, 10_000.0)]
@@ -301,8 +318,8 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
     assert "| mean of both | 1000 ± 0 | 1000 | 5.500 ± 0.250 | 75.0% |" in text
     assert "| reads d coordinates | 1000 ± 0 | not reached | 5.500 ± 0.250 | 75.0% |" in text
     assert "4.250 with noise drawn in d dimensions, 4.500 with noise drawn in V" in text and "**" not in text.split("V.\n")[1]
-    scaled = [row("argmax", 2.0, 0.2, 100.0), row("argmax", 2.5, 0.4, 2500.0), row("argmax", 1.8, 0.1, 10.0)]
-    (folder / "psd-seed1.json").write_text(json.dumps(record | dict(rows=[rows[0], *scaled])))  # swept by noise
+    scaled = [row("argmax", 2.0, 0.2, 100.0, "fmlm"), row("argmax", 2.5, 0.4, 2500.0, "fmlm"), row(0.5, 1.8, 0.1, 10.0, "fmlm")]
+    (folder / "psd-seed1.json").write_text(json.dumps(record | dict(rows=[rows[0], *scaled])))  # by noise and cold
     quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={readme}")
     assert "| evaluations | 1 | 2 | 4 | 8 | 16 | 32 | 128 |\n|---|---|---|---|---|---|---|---|\n| FMLM, PSD |  |  |  |  |  |  " \
            "| 500 |\n| FLM, V-dimensional noise |  |  |  |  |  |  | 1000 |\n" in readme.read_text()
@@ -389,6 +406,7 @@ def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
 def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     programs = Programs(tmp_path)
     monkeypatch.setattr(subprocess, "Popen", programs)
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started) ** 2, children_system=0))
     words = ["evidence.py", "--sets=palindromes", "--seeds=2", f"--work={tmp_path / 'work'}",
              f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"]
 
@@ -402,10 +420,10 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     go()
     once = len(programs.started)
     measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
-    assert len(measured) == 13 + 6 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
+    assert len(measured) == 14 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
     # three rates of twelve methods (dense takes flm's), then 13 + 6 + 4 models; and evaluations: two rates of six distilled
-    # ones, and every model
-    assert programs.started.count("evaluate.py") == 12 + 23
+    # ones, every model, and the flow of each of two seeds by another sampler
+    assert programs.started.count("evaluate.py") == 12 + 23 + 2
     assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 22
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
     assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"

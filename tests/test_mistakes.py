@@ -224,8 +224,8 @@ CASES = [
     ("train.py --init_from=resume --out_dir={broken}/swapped",
      "{broken}/swapped/flm.pt is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from "
      "train.py)"),
-    ("sample.py --out_dir={broken}/flow_only --gamma=0.5",
-     "gamma needs a flow map; this checkpoint is a flow: run distill.py first, or set --gamma=0"),
+    ("distill.py --self_distill --teacher_temperature=1.2",
+     "self_distill learns from the data, not from a teacher; leave out teacher_temperature or set it to 1"),
     # places to write
     ("train.py --out_dir={broken}/a_file",
      "cannot write {broken}/a_file/flm.jsonl (File exists)"),

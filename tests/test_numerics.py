@@ -218,11 +218,10 @@ def test_samplers_from_end_to_end(V, steps):
         hook.remove()
         assert len(states) == 2 * steps and all(state.isfinite().all() for state in states)
         assert tokens.shape == (3, 2) and 0 <= tokens.min() and tokens.max() < V
-    flow, noise = small(V)
-    check(flow, lambda: sample_flow(flow, clock_of(V), noise(3), steps))
-    flow_map, noise = small(V, flow_map=True)
-    for gamma in (0.0, 1e-9, 0.5, 1.0):  # at 1e-9 the variance of the fresh noise can round to less than 0
-        check(flow_map, lambda: sample_flow_map(flow_map, clock_of(V), noise(3), steps, gamma, lambda: noise(3)))
+    for decode, is_map in ((sample_flow, False), (sample_flow_map, True)):
+        net, noise = small(V, flow_map=is_map)
+        for gamma in (0.0, 1e-9, 0.5, 1.0):  # at 1e-9 the variance of the fresh noise can round to less than 0
+            check(net, lambda: decode(net, clock_of(V), noise(3), steps, gamma, lambda: noise(3)))
 
 
 # ---------------------------------------------------------------- an ill-conditioned E
@@ -271,7 +270,7 @@ def test_diverged_embedding_gives_nan_and_no_error():
 # ---------------------------------------------------------------- batches of other sizes
 
 SAMPLERS = {"one step": (True, 1, 0.0), "four steps": (True, 4, 0.0), "four noisy steps": (True, 4, 0.5),
-            "flow": (False, 16, 0.0)}
+            "flow": (False, 16, 0.0), "noisy flow": (False, 16, 0.5)}
 
 
 def generate(model, steps, gamma, samples):
@@ -279,9 +278,7 @@ def generate(model, steps, gamma, samples):
     E, normal = model.embed.weight.detach(), sample_normals(1, samples, 32, torch.device("cpu"))
     noise = lambda: latent_noise(E, noise_factor(E, E.size(1)), normal)
     clock = clock_of(1024)
-    if model.config.flow_map:
-        return sample_flow_map(model, clock, noise(), steps, gamma, noise)
-    return sample_flow(model, clock, noise(), steps)
+    return (sample_flow_map if model.config.flow_map else sample_flow)(model, clock, noise(), steps, gamma, noise)
 
 
 @pytest.mark.parametrize("flow_map, steps, gamma", SAMPLERS.values(), ids=SAMPLERS)

@@ -102,6 +102,17 @@ def test_every_objective_runs(toy, options, tmp_path):
     assert ("off simplex" in output) == (options[0] in ("--objective=lsd", "--objective=esd"))
 
 
+def test_a_teacher_at_another_temperature(toy, tmp_path):
+    """At the start the student's diagonal is the FLM: no divergence from it, but from the FLM at another temperature (a low
+    one: after six steps its guesses are nearly even, which no higher one would change)."""
+    folder, common, *_ = toy
+    (tmp_path / "flm.pt").write_bytes((folder / "out" / "flm.pt").read_bytes())
+    for temperature in (1, 0.02):
+        quick_run("distill.py", *common, "--batch_size=8", f"--out_dir={tmp_path}", f"--teacher_temperature={temperature}")
+    same, other = (log(tmp_path / name)[0]["val_diagonal"] for name in ("fmlm.old1.jsonl", "fmlm.jsonl"))
+    assert abs(same) < 1e-6 < 1e-4 < other
+
+
 def test_muon_takes_the_matrices_between_embedding_and_head():
     """The time's too; and moves a matrix by 0.2 times the learning rate (root mean square), however small the gradient."""
     net = FlowTransformer(ModelConfig(vocab_size=11, block_size=4, n_layer=1, n_head=2, n_embd=16, n_time=8, flow_map=True))
