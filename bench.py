@@ -44,8 +44,9 @@ import common
 import storage
 import training
 from baselines import ar, dense, heads
-from flow import SLICE, Clock, cross_entropy, expected_embedding, flow_loss, latent_noise, noise_factor
+from flow import Clock, cross_entropy, expected_embedding, flow_loss, latent_noise, noise_factor
 from flowmap import distillation_loss, off_diagonal_times, sample_flow_map
+from head import SLICE
 from model import FlowTransformer, ModelConfig
 
 # -- the network and the batch

@@ -28,7 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flow import Clock, by_tokens, corrupt, cross_entropy, most_likely
+from flow import Clock, corrupt, cross_entropy, most_likely
+from head import by_tokens
 
 
 class Bound(NamedTuple):

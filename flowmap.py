@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flow import (Clock, SoftmaxCrossEntropy, corrupt, cross_entropy, decode, expected_embedding, most_likely, move,
-                  step_size, sum_by_tokens)
+from flow import Clock, corrupt, cross_entropy, decode, expected_embedding, most_likely, move, step_size
+from head import SoftmaxCrossEntropy, sum_by_tokens
 
 Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a function of slices of those (B, L, ..) -> (n, V)
 

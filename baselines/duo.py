@@ -32,7 +32,8 @@ from torch import Tensor
 
 from baselines.dense import embed, mixture
 from baselines.mdlm import EDGE, draw, reverse_kl
-from flow import Clock, by_tokens, sum_by_tokens
+from flow import Clock
+from head import by_tokens, sum_by_tokens
 from model import FlowTransformer
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flow import SLICE, slices
+from head import SLICE, slices
 from model import cap
 
 

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flow import Clock, SoftmaxCrossEntropy, by_tokens, sum_by_tokens
+from flow import Clock
+from head import SoftmaxCrossEntropy, by_tokens, sum_by_tokens
 from model import FlowTransformer
 
 MORE_TOKENS = 1    # rows of the network beyond the data's tokens: the mask, the last

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from baselines.noclock import noise
-from flow import Clock, corrupt, sum_by_tokens
+from flow import Clock, corrupt
+from head import sum_by_tokens
 from model import FlowTransformer
 
 

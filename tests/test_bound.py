@@ -210,7 +210,7 @@ def test_whitened_is_orthonormal_on_the_row_space(E):
 
 
 def test_error_is_the_formula_a_slice_at_a_time_and_not_in_bfloat16(monkeypatch):
-    monkeypatch.setattr("flow.SLICE", 120)
+    monkeypatch.setattr("head.SLICE", 120)
     head, hidden, y = torch.nn.Identity(), 3 * torch.randn(2, 5, 40), torch.randint(40, (2, 5))
     head.out_features, heights = 40, []
     head.register_forward_hook(lambda module, inputs, logits: heights.append(len(logits)))

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import flow
+import head as output_head
 import training
 from baselines import ar, dense, heads
 from flow import Clock, cross_entropy, flow_loss, latent_noise, most_likely, noise_factor
@@ -222,7 +223,7 @@ def test_dense_losses_are_ours():
 @pytest.mark.parametrize("name", ["whole", "checkpointed", "builtin"])
 def test_other_heads_are_ours(name, monkeypatch):
     """Loss and gradients, over slices of three tokens."""
-    monkeypatch.setattr(flow, "SLICE", 3 * 700)
+    monkeypatch.setattr(output_head, "SLICE", 3 * 700)
     net, hidden, y = network(V=700).double(), torch.randn(4, 8, 16).double(), torch.randint(700, (4, 8))
     hidden.requires_grad_()
     inputs = [hidden, *net.head.parameters()]

@@ -187,7 +187,7 @@ def test_euler_step_is_the_velocity_times_the_time():
 
 @pytest.mark.parametrize("slice_size", [10, 21, 10 ** 9])
 def test_head_in_slices_gives_the_same_values_and_gradients(slice_size, monkeypatch):
-    monkeypatch.setattr("flow.SLICE", slice_size)
+    monkeypatch.setattr("head.SLICE", slice_size)
     head, hidden = torch.nn.Linear(4, 7).double(), torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     y, E = torch.randint(7, (2, 5)), torch.randn(7, 4, dtype=torch.float64)
     logits = head(hidden)
@@ -206,7 +206,7 @@ def test_head_in_slices_gives_the_same_values_and_gradients(slice_size, monkeypa
 
 def test_no_tensor_of_vocabulary_width_for_all_tokens(monkeypatch):
     """The largest tensor with a vocabulary axis is one slice, in the forward and in the backward pass."""
-    monkeypatch.setattr("flow.SLICE", 3000)
+    monkeypatch.setattr("head.SLICE", 3000)
     V, d, heights = 1000, 8, []
     model, clock = Linear(torch.randn(V, d) / V ** 0.5, torch.randn(V, d)), Clock(V)
     model.head.register_forward_hook(lambda module, inputs, logits: heights.append(logits.shape[0]))

@@ -324,7 +324,7 @@ def test_sliced_head_under_autocast_gives_the_gradients_of_float32(objective, n_
     tau_t[:n_diagonal] = tau_s[:n_diagonal]
 
     def gradients(slice_size, dtype):
-        monkeypatch.setattr("flow.SLICE", slice_size)
+        monkeypatch.setattr("head.SLICE", slice_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss, *_ = distillation_loss(model, model, None, clock, objective, y, tau_s, tau_t, z0, n_diagonal)
         assert loss.dtype == torch.float32

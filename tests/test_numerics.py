@@ -66,7 +66,7 @@ def test_step_in_bfloat16_is_the_step_in_float64(objective, monkeypatch):
     """bfloat16 keeps 8 bits: each factor of a product is off by up to 2^-9 = 0.2 %, and a gradient comes out of some
     twenty products in a row, which makes 1 or 2 %. A term that is lost or weighed wrongly is off by all of it. The head
     works in slices of ten tokens."""
-    monkeypatch.setattr("flow.SLICE", 10 * 50257)
+    monkeypatch.setattr("head.SLICE", 10 * 50257)
     loss, gradients = step(objective, torch.bfloat16)
     exact_loss, exact = step(objective, torch.float64)
     assert loss.dtype == torch.float32 and exact_loss.dtype == torch.float64

@@ -16,13 +16,13 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 from torch import nn
 
-import flow
+import head as output_head
 from common import generator, mix, sample_normals
 from data import corpus, tokenizer
 from data.loader import Data
-from flow import (Clock, by_tokens, corrupt, cross_entropy, interpolate, move, step_size, stratified,
-                  sum_by_tokens)
+from flow import Clock, corrupt, cross_entropy, interpolate, move, step_size, stratified
 from flowmap import kl_to_target, off_diagonal_times, sample_flow_map, semigroup_weight
+from head import by_tokens, sum_by_tokens
 from training import learning_rate_at, update_ema
 
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, max_examples=60)
@@ -71,11 +71,11 @@ class Head:
 @contextmanager
 def slices_of(n):
     """At most n logits, or those of one token, at once."""
-    before, flow.SLICE = flow.SLICE, n
+    before, output_head.SLICE = output_head.SLICE, n
     try:
         yield
     finally:
-        flow.SLICE = before
+        output_head.SLICE = before
 
 
 # ---------------------------------------------------------------- flow: the clock
