@@ -272,6 +272,6 @@ def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int
 
 def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
                 noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
-    """Tokens (B, L) by Euler steps; see `decode`. With gamma the errors of a step can be put right by later ones, but every
-    step is longer: it needs many steps, 32 or more, and does harm in few."""
+    """Tokens (B, L) by Euler steps; see `decode`. With gamma later steps put right what earlier ones got wrong; but every
+    step is the longer, and its texts have too many rare tokens unless head.temperature is well below 1."""
     return decode(lambda z, tau, _: model(z, tau), model, clock, z, steps, gamma, noise, last)
