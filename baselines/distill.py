@@ -5,8 +5,8 @@ self-distillation through time, duo.pt into dcd.pt by discrete consistency disti
     python baselines/distill.py --method=dcd --out_dir=out/palindromes --dataset=palindromes
 
 In rounds, as published: the student begins as its teacher, learns to do in one step what the teacher does in several
-(baselines/mdlm.py, duo.py), and as it then is it becomes the teacher of the next round, with steps twice as long. Its
-moving average is what is sampled. After every round the checkpoint is written; --init_from=resume goes on from there, so
+(baselines/mdlm.py, duo.py), and becomes the teacher of the next round, with steps twice as long. What teaches, as what is
+sampled, is its moving average: the weights themselves, at a high learning rate, get worse from round to round. After every round the checkpoint is written; --init_from=resume goes on from there, so
 that a run that is stopped loses at most the round it is in.
 """
 
@@ -83,7 +83,7 @@ progress = training.Progress(done * (max_iters // rounds), max_iters, batch_size
 training.announce(f"baseline {method}", student, machine, len(data.tokens), batch_size * data.L, max_iters, path, passes=5)
 
 for round_number in range(done, rounds):
-    frozen = copy.deepcopy(student).eval()
+    frozen = copy.deepcopy(ema)
     for i in range(max_iters // rounds):
         step = round_number * (max_iters // rounds) + i
         training.set_learning_rate(optimizers, training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters,
