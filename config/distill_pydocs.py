@@ -12,3 +12,4 @@ full_jump_ramp = True
 target_ema = True
 split = 0.25                     # a jump's target: a short jump, whose end is nearer the truth, then a long one
 teacher_temperature = 1.2
+learning_rate = 4e-3             # with targets from the moving average it can be higher than the flow's
