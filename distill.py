@@ -86,7 +86,7 @@ n_diagonal = round(diagonal_share * batch_size)
 if not 0 <= n_diagonal < batch_size:
     common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
 if self_distill and teacher_temperature != 1:
-    common.fail("self_distill learns from the data, not from a teacher; leave out teacher_temperature or set it to 1")
+    common.fail("self_distill learns from the data, not from a teacher; add --teacher_temperature=1")
 
 teacher = teacher or str(Path(out_dir) / "flm.pt")
 flm = storage.load_checkpoint(teacher, "flm", trust_checkpoint)

@@ -46,7 +46,7 @@ dataset = "pydocs"               # its held-out text is the first row, its train
 block_size = 0                   # tokens in a text; 0 = those of the checkpoints or of the dataset's rows, else 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 temperatures = ""                # guesses are softmax(logits / temperature); several as argmax,0.8,1; "" = argmax or 1
-noise_scales = ""                # flow map only: its sweep is over the noise it starts from, and its last guess an argmax
+noise_scales = ""                # flow map only: sweep the noise it starts from; its last guess is then always an argmax
 gamma = 0.0                      # of flows and flow maps: as in sample.py
 sweep_samples = 0                # a first look with so many keeps what is around the data's entropy and rare tokens; 0 = all
 num_samples = 1000               # of a checkpoint; 0 = none

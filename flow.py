@@ -233,19 +233,6 @@ def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(z, target, per_sample(step_size(s, t), z))
 
 
-def overshot(t: Tensor, gamma: float) -> Tensor:
-    """t~ with 1 - t~ = (1 - t) sqrt(1 - gamma^2): where to move so that fresh noise leads back to t."""
-    return 1 - (1 - t) * math.sqrt(1 - gamma ** 2)
-
-
-def renoise(z: Tensor, beyond: Tensor, t: Tensor, z0: Tensor) -> Tensor:
-    """The state at t from the one at t~ = beyond >= t, (1,) each: (t / t~) z + sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0.
-    z, z0 (B, L, d)."""
-    kept = t / beyond
-    fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
-    return kept.to(z.dtype) * z + fresh.to(z.dtype) * z0
-
-
 @torch.no_grad()
 def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float,
            noise: Callable[[], Tensor] | None, last: Callable) -> Tensor:
@@ -254,7 +241,7 @@ def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int
 
     gamma in [0, 1] makes it stochastic: instead of landing at t, go further, to t~ with 1 - t~ = (1 - t) sqrt(1 - gamma^2),
     and add noise until the state is as noisy as at t again, (t / t~) z + sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0.
-    noise() draws a fresh z0 (B, L, d).
+    noise() draws a fresh z0 (B, L, d). Exact where the jumps are; an Euler step goes as far however many there are.
     """
     tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
     for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each

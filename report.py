@@ -138,7 +138,7 @@ def noise_line(folder: Path) -> list[str]:
 
 CLAIMS = [  # of the paper: what is better or no worse, and than what, each a model and its number of steps
     ("a flow matches discrete diffusion at many steps", ("flm", 128), [("mdlm", 128), ("duo", 128)]),
-    ("it does when its sampler is stochastic", ("gamma", 128), [("mdlm", 128), ("duo", 128)]),
+    ("with a stochastic sampler, ours, a flow matches discrete diffusion at many steps", ("gamma", 128), [("mdlm", 128), ("duo", 128)]),
     ("one step of a flow map beats eight of distilled discrete diffusion", ("psd", 1), [("sdtt", 8), ("dcd", 8)]),
     ("semigroup beats Eulerian distillation, in one step", ("psd", 1), [("esd", 1)]),
     ("Eulerian beats Lagrangian distillation, in one step", ("esd", 1), [("lsd", 1)]),

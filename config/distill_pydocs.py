@@ -1,4 +1,4 @@
-"""The flow map of Python's documentation. Four minutes on two CPU cores, after train.py config/pydocs.py.
+"""The flow map of Python's documentation. Six minutes on two CPU cores, after train.py config/pydocs.py.
 
     python distill.py config/distill_pydocs.py
 """

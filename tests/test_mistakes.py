@@ -225,7 +225,7 @@ CASES = [
      "{broken}/swapped/flm.pt is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from "
      "train.py)"),
     ("distill.py --self_distill --teacher_temperature=1.2",
-     "self_distill learns from the data, not from a teacher; leave out teacher_temperature or set it to 1"),
+     "self_distill learns from the data, not from a teacher; add --teacher_temperature=1"),
     # places to write
     ("train.py --out_dir={broken}/a_file",
      "cannot write {broken}/a_file/flm.jsonl (File exists)"),
