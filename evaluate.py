@@ -10,7 +10,8 @@ it, and the variety of the texts with it. So it stands beside measures of variet
 temperatures it is also read off where the texts are as varied as the data, if the sweep reaches that (`matched`). At a
 temperature every token is drawn, the last ones of a flow too; `argmax` is the flow's own way, which takes the likeliest.
 A flow map has another dial, the size of its noise: from less than it was trained on it makes more varied texts, with more
-rare tokens, and keeps its tokens in tune with each other, which drawing them does not (`--noise_scales=0.6,0.8,1`).
+rare tokens, and keeps its tokens in tune with each other, which drawing them does not (`--noise_scales=0.6,0.8,1`). Its
+sweep then ends in an argmax throughout; temperatures below 1 are for the guesses on the way, if there is one.
 
 What the scorer sees: the decoded text in its own tokens, after its begin-of-text token, so that the first token is scored
 too; what does not fit its context is cut off on the right; an end-of-text token inside a text is scored like any other.
@@ -82,7 +83,8 @@ FILES = {"sdtt": "mdlm", "dcd": "duo"}                   # where distilled basel
 
 def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, noise_scale: float, number: int
              ) -> np.ndarray:
-    """Tokens (number, L) of a checkpoint, at a temperature or, of a flow, by "argmax", from noise times noise_scale."""
+    """Tokens (number, L) of a checkpoint, at a temperature or, of a flow, by "argmax", from noise times noise_scale.
+    The last tokens are drawn at a temperature, too, but those of a map whose sweep is over its noise."""
     kind = checkpoint["kind"]
     clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
     clock = noclock.NoClock(clock) if kind == "noclock" else clock
@@ -110,14 +112,18 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
 
 
 def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
-    """The pairs (temperature, noise scale) that texts of this kind of model are made at: its usual one, if asked for, and
-    those of the sweep, in the order in which entropy should rise. With noise_scales the last guess of a map is an argmax
+    """The pairs (temperature, noise scale) that texts of this kind of model are made at: its usual one, if asked for or
+    it is a map, and those of the sweep, in the order in which entropy should rise. With noise_scales the last guess of a map is an argmax
     everywhere: what makes its texts more varied is less noise, and less varied a temperature below 1 on the way, or, in
     one step, which has no way, more noise."""
     usual = [("argmax" if kind in FLOWS else 1.0, 1.0)]
     if kind == "fmlm" and scales:
         colder = [(temperature, 1.0) for temperature in drawn_at if temperature < 1 < n_steps]
-        return usual, colder + [("argmax", scale) for scale in reversed(scales) if scale <= 1 or n_steps == 1]
+        swept = colder + [("argmax", scale) for scale in reversed(scales) if scale <= 1 or n_steps == 1]
+        unused = [x for x in drawn_at if (x, 1.0) not in swept], [x for x in scales if ("argmax", x) not in swept]
+        if any(unused):
+            print(f"{kind}, {n_steps} steps: not for its sweep are temperatures {unused[0]} and noise scales {unused[1]}")
+        return usual, swept
     swept = [(temperature, 1.0) for temperature in drawn_at]
     return [way for way in usual if way in swept or way[0] in words or not swept], swept
 

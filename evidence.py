@@ -40,7 +40,7 @@ common.require_in(settings, "[1, inf)", "seeds")
 TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", *CLOCKS)
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 RATES = (1e-3, 2e-3, 4e-3)
-SAMPLERS = {"gamma": ("flm", "--gamma=0.9")}                                    # other ways to sample a model of this list
+SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false")}                   # other ways to sample a model of this list
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               # important ones first
 ABLATIONS = ["lsd", "esd", "self", "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
@@ -84,7 +84,7 @@ def require(ended_well: bool, log: Path) -> None:
 
 
 def core_seconds() -> float:
-    """Of all programs run so far."""
+    """Of a CPU's cores, by all programs run so far. Threads that wait may count too: OMP_NUM_THREADS=1 spares them."""
     times = os.times()
     return times.children_user + times.children_system
 
@@ -176,7 +176,7 @@ def rate_of(name: str, dataset: str) -> float:
 
 def steps_of(name: str, seed: int, brief: bool) -> str:
     """The numbers of evaluations a model is judged at: all, or, where judging is slow, for ablations and further seeds no
-    more than what is compared. An autoregressive model takes as many as a text has tokens."""
+    more than what is compared. An autoregressive model takes as many as a text has tokens; the flow with gamma is for many."""
     if name == "ar":
         return "1"
     if name == "gamma":

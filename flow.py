@@ -241,7 +241,7 @@ def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int
 
     gamma in [0, 1] makes it stochastic: instead of landing at t, go further, to t~ with 1 - t~ = (1 - t) sqrt(1 - gamma^2),
     and add noise until the state is as noisy as at t again, (t / t~) z + sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0.
-    noise() draws a fresh z0 (B, L, d). Exact where the jumps are; an Euler step goes as far however many there are.
+    noise() draws a fresh z0 (B, L, d).
     """
     tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
     for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each
@@ -259,6 +259,6 @@ def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int
 
 def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
                 noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
-    """Tokens (B, L) by Euler steps; see `decode`. With gamma later steps put right what earlier ones got wrong; but every
-    step is the longer, and its texts have too many rare tokens unless head.temperature is well below 1."""
+    """Tokens (B, L) by Euler steps; see `decode`. With gamma later steps can put right what earlier ones got wrong, but every
+    step is the longer, up to t~: unlike jumps, which are exact however long, more steps do not make that error vanish."""
     return decode(lambda z, tau, _: model(z, tau), model, clock, z, steps, gamma, noise, last)

@@ -8,7 +8,8 @@ where to aim,
 The two-time denoiser delta_{s,t} is a weighted average of the denoisers D met between s and t, hence a distribution
 over the vocabulary, hence again a softmax output. It is trained to agree with itself and with a flow language model:
 
-    diagonal      delta_{t,t} = D_t: a jump of no length is what the FLM (the teacher) already knows;
+    diagonal      delta_{t,t} = D_t: a jump of no length is what the FLM (the teacher) already knows (where its head has another
+                  temperature than 1, D is softened by it, and the map follows the flow of that);
     off-diagonal  delta_{s,t} = what makes X a flow map, in one of three ways that differ in what they differentiate:
 
     semigroup   (PSD)  two jumps s -> u -> t land where one jump s -> t does. No derivative, the default;

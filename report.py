@@ -16,10 +16,9 @@ import storage
 
 STEPS = (1, 2, 4, 8, 16, 32, 128)
 HEADLINE = {"flm": 128, "gamma": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt": 8, "dcd": 8}    # and the steps they are compared at
-SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM", "gamma": "FLM, stochastic sampler",
-         "psd": "FMLM, PSD",
-         "lsd": "FMLM, LSD", "esd": "FMLM, ESD", "self": "FMLM, PSD without a teacher", "mse": "FLM, squared error",
-         "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
+SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM", "gamma": "FLM, gamma 0.9",
+         "psd": "FMLM, PSD", "lsd": "FMLM, LSD", "esd": "FMLM, ESD", "self": "FMLM, PSD without a teacher",
+         "mse": "FLM, squared error", "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 CLOCKS = {"clock0": "published: reads V coordinates", "clock0.5": "mean of both", "clock1": "reads d coordinates"}
 EQUAL_TIME = {"mdlm": "flm", "duo": "flm", "sdtt": "psd", "dcd": "psd"}    # also trained for as many seconds as theirs
 
@@ -136,9 +135,11 @@ def noise_line(folder: Path) -> list[str]:
                 f"noise drawn in V."]
 
 
-CLAIMS = [  # of the paper: what is better or no worse, and than what, each a model and its number of steps
-    ("a flow matches discrete diffusion at many steps", ("flm", 128), [("mdlm", 128), ("duo", 128)]),
-    ("with a stochastic sampler, ours, a flow matches discrete diffusion at many steps", ("gamma", 128), [("mdlm", 128), ("duo", 128)]),
+MATCHES = "a flow matches discrete diffusion at many steps"
+WITH_GAMMA = "and with gamma sampling of the flow, which is not of the paper"
+CLAIMS = [  # of the paper but the second: what is better or no worse, and than what, each a model and its number of steps
+    (MATCHES, ("flm", 128), [("mdlm", 128), ("duo", 128)]),
+    (WITH_GAMMA, ("gamma", 128), [("mdlm", 128), ("duo", 128)]),
     ("one step of a flow map beats eight of distilled discrete diffusion", ("psd", 1), [("sdtt", 8), ("dcd", 8)]),
     ("semigroup beats Eulerian distillation, in one step", ("psd", 1), [("esd", 1)]),
     ("Eulerian beats Lagrangian distillation, in one step", ("esd", 1), [("lsd", 1)]),
@@ -148,7 +149,7 @@ CLAIMS = [  # of the paper: what is better or no worse, and than what, each a mo
 
 def verdicts(folder: Path) -> list[str]:
     """A line for every claim. Ours is better, or worse, where it is by more than both errors together (as of independent
-    numbers); for "matches", which asks for no more than that, within the error is enough."""
+    numbers); for the first two, which ask to be no worse, within the error is enough."""
     lines = []
     for claim, ours, others in CLAIMS:
         said = ", ".join(f"{SHOWN[name]} at {steps}: {entry(folder, name, steps) or 'not measured'}"
@@ -166,7 +167,7 @@ def verdicts(folder: Path) -> list[str]:
             if lead < -math.hypot(error, their_error):
                 verdict = "does not hold"
                 break
-            if lead <= math.hypot(error, their_error) and "matches" not in claim:
+            if lead <= math.hypot(error, their_error) and claim not in (MATCHES, WITH_GAMMA):
                 verdict = "within the error"
         if any(found(folder, name) for name, _ in (ours, *others)):
             lines.append(f"- {claim}: **{verdict}** ({said})")

@@ -254,15 +254,16 @@ def test_flow_of_the_exact_posterior_generates_the_distribution():
     assert found[p == 0].max() < 0.005
 
 
-@pytest.mark.parametrize("gamma, tolerance", [(0.2, 0.02), (0.9, 0.05)])
-def test_stochastic_sampling_keeps_the_distribution_where_its_steps_are_short(gamma, tolerance):
+@pytest.mark.parametrize("gamma, likeliest", [(0.2, 0.30), (0.9, 0.335)])
+def test_stochastic_sampling_keeps_the_distribution_but_for_the_length_of_its_steps(gamma, likeliest):
     """Every Euler step goes on to 1 - t~ = (1 - t) sqrt(1 - gamma^2), however many there are: with gamma = 0.9 more than
     half of the way that is left, which here makes the likeliest text likelier still, by a tenth."""
     p = torch.tensor([[0.30, 0.05, 0.0], [0.0, 0.25, 0.10], [0.20, 0.0, 0.10]], dtype=torch.float64)
     noise = lambda: torch.randn(20_000, 2, 3, dtype=torch.float64)
     tokens = sample_flow(Exact(p, Clock(3)), Clock(3), noise(), steps=100, gamma=gamma, noise=noise)
     found = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9).double().view(3, 3) / len(tokens)
-    assert torch.allclose(found, p, atol=tolerance)
+    assert abs(found[0, 0] - likeliest) < 0.015
+    assert torch.allclose(found, p, atol=0.02 if gamma == 0.2 else 0.05)
 
 
 def test_cross_entropy_of_the_exact_posterior_is_the_smallest():

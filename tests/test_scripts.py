@@ -65,8 +65,12 @@ def test_sampling(toy, tmp_path, monkeypatch, capsys):
     assert sampled(monkeypatch, *options, "--num_samples=3", "--steps=2,1")[3:] == texts
     assert sampled(monkeypatch, *options, "--num_samples=3", "--seed=2") != texts
     sampled(monkeypatch, *options, "--steps=3", "--gamma=1")
-    sampled(monkeypatch, *options, "--steps=4", "--model=flm")
+    flow = *options, "--steps=4", "--model=flm"
+    texts = sampled(monkeypatch, *flow)
     assert "FLM: 4 network evaluations" in capsys.readouterr().out
+    for other in ("--gamma=0.9", "--temperature=0.01"):
+        once, again = (sampled(monkeypatch, *flow, other) for _ in range(2))
+        assert once == again != texts
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
