@@ -134,7 +134,7 @@ def training_step(path, machine):
     model = network(machine, flow_map=distilling)
     model.embed.weight.requires_grad_(not distilling)
     ema = copy.deepcopy(model)
-    optimizers = training.make_optimizers(model, "adamw", 3e-4, (0.9, 0.999), 0.0)
+    optimizers = training.make_optimizers(model, "adamw", 3e-4, (0.9, 0.999), 0.0, machine.dtype)
     clock = Clock(vocab_size, device=machine.device)
     net = common.compiled(model, machine) if compile else model
     E = model.embed.weight

@@ -110,7 +110,7 @@ else:
     student = storage.build_model(flm, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
 ema = copy.deepcopy(student).eval()
-optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay)
+optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay, machine.dtype)
 step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)
 training.require_alike(settings, data, step, machine)
 

@@ -97,7 +97,7 @@ if checkpoint:
 else:
     model = storage.new_model(data.meta["vocab_size"] + getattr(baseline, "MORE_TOKENS", 0), shape, machine.device)
 ema = copy.deepcopy(model).eval()
-optimizers = training.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay)
+optimizers = training.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay, machine.dtype)
 step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)
 training.require_alike(settings, data, step, machine)
 

@@ -173,7 +173,7 @@ def test_no_step_waits_for_the_device(objective):
     machine = common.Machine("cpu", "float32")
     net, teacher, clock = network(flow_map=objective is not None).train(), network(), Clock(40)
     ema, E = copy.deepcopy(net), net.embed.weight.requires_grad_(objective is None)
-    optimizers = training.make_optimizers(net, "adamw", 1e-3, (0.9, 0.99), 0.1)
+    optimizers = training.make_optimizers(net, "adamw", 1e-3, (0.9, 0.99), 0.1, machine.dtype)
     watch, y, times = training.LossWatch(machine, "tau"), torch.randint(40, (4, 8)), torch.rand(2, 4)
     with NoWaiting():
         for careless in (lambda: y.sum().item(), lambda: bool(y.any()), lambda: y[y > 0]):

@@ -150,7 +150,7 @@ def small_checkpoint(seed):
     torch.manual_seed(seed)
     shape = ModelConfig(5, 4, n_layer=1, n_head=1, n_embd=2, n_time=1)
     model = FlowTransformer(shape)
-    optimizers = make_optimizers(model, "adamw", 1e-3, (0.9, 0.99), 0.0)
+    optimizers = make_optimizers(model, "adamw", 1e-3, (0.9, 0.99), 0.0, "float32")
     model.head(model(torch.randn(1, 4, 2), torch.rand(1))).sum().backward()
     optimizers[0].step()
     return dict(format="flm-1", kind="flm", model_config=asdict(shape), model=model.state_dict(),

@@ -15,7 +15,7 @@ from programs import TINY, log, mistake, quick_run, run
 
 from data import tokenizer
 from model import FlowTransformer, ModelConfig
-from training import make_optimizers
+from training import Muon, make_optimizers, orthogonalized
 
 # ---------------------------------------------------------------- the way through
 
@@ -120,7 +120,7 @@ def test_a_teacher_at_another_temperature(toy, tmp_path):
 def test_muon_takes_the_matrices_between_embedding_and_head():
     """The time's too; and moves a matrix by 0.2 times the learning rate (root mean square), however small the gradient."""
     net = FlowTransformer(ModelConfig(vocab_size=11, block_size=4, n_layer=1, n_head=2, n_embd=16, n_time=8, flow_map=True))
-    adamw, muon = make_optimizers(net, "muon", 1e-2, (0.9, 0.99), 0.0)
+    adamw, muon = make_optimizers(net, "muon", 1e-2, (0.9, 0.99), 0.0, "float32")
     of = {id(p): name for name, p in net.named_parameters()}
     mine = [of[id(p)] for p in muon.param_groups[0]["params"]]
     assert mine == [f"{module}.weight" for module in (
@@ -132,7 +132,34 @@ def test_muon_takes_the_matrices_between_embedding_and_head():
     muon.step()
     moved = net.time_s.fc2.weight.detach() - before
     assert moved.square().mean().sqrt().item() == pytest.approx(2e-3, rel=0.2)
-    assert len(make_optimizers(net, "adamw", 1e-2, (0.9, 0.99), 0.0)) == 1
+    assert len(make_optimizers(net, "adamw", 1e-2, (0.9, 0.99), 0.0, "float32")) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_is_pytorchs(dtype):
+    """But for rounding: its products are in bfloat16 everywhere."""
+    random = torch.Generator().manual_seed(1)
+    start = [torch.randn(shape, generator=random) for shape in ((24, 8), (8, 8), (8, 24), (24, 8))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = [Muon(ours, 0.01, 0.1, dtype), torch.optim.Muon(theirs, 0.01, 0.1, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=random)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, p in zip(ours, theirs, start):
+        assert (a - b).norm() <= 0.02 * (b - p).norm()
+
+
+@pytest.mark.parametrize("rows, columns", [(40, 100), (100, 40)])
+def test_orthogonalized_keeps_the_singular_vectors_and_levels_the_values(rows, columns):
+    x = torch.randn(3, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    U, _, Vt = torch.linalg.svd(x, full_matrices=False)
+    inside = U.mT @ orthogonalized(x) @ Vt.mT                                    # diagonal, if U and V are what they were
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert 0.65 < values.min() and values.max() < 1.2
+    assert (inside - values.diag_embed()).abs().max() < 1e-9
 
 
 def test_full_jumps_are_ramped_up(toy, tmp_path, monkeypatch):
