@@ -252,8 +252,8 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
     a trained model 4 s for the 3 of its rival is given 3/4 of its steps. The command line says so."""
     folder = tmp_path / "results" / "palindromes"
     folder.mkdir(parents=True)
-    for name, seconds in {"flm": 3, "mdlm": 2, "duo": 4, "ar": 1, "psd": 22, "sdtt": 12, "dcd": 9, "lsd": 1, "esd": 1,
-                          "gamma": 1, "self": 1, "mse": 1, "noclock": 1, "dense": 1}.items():
+    for name, seconds in {"flm": 3, "mdlm": 2, "duo": 4, "ar": 1, "psd": 22, "sdtt": 12, "dcd": 9, "psd-short": 1,
+                          "lsd-short": 1, "esd-short": 1, "self-short": 1, "gamma": 1, "mse": 1, "noclock": 1, "dense": 1}.items():
         (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds)))
     rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
              ("mdlm", "duo", "sdtt", "dcd")}
@@ -279,7 +279,8 @@ def test_the_report_says_what_was_measured(tmp_path):
     folder.mkdir(parents=True)
     for name, numbers in {"flm-seed1": (128, 0.94, 0.96), "mdlm-seed1": (128, 0.9, 0.91), "duo-seed1": (128, 0.95, 0.96),
                           "psd-seed1": (1, 0.5, 0.51), "psd-seed2": (1, 0.7, 0.71), "sdtt-seed1": (8, 0.8, 0.81),
-                          "dcd-seed1": (8, 0.4, 0.41), "esd-seed1": (1, 0.55, 0.6), "lsd-seed1": (1, 0.2, 0.21)}.items():
+                          "dcd-seed1": (8, 0.4, 0.41), "psd-short-seed1": (1, 0.6, 0.63), "esd-short-seed1": (1, 0.55, 0.6),
+                          "lsd-short-seed1": (1, 0.2, 0.21)}.items():
         (folder / f"{name}.json").write_text(json.dumps(measurement(*numbers)))
     readme = tmp_path / "README.md"
     readme.write_text("before <!-- from here on written by evidence.py -->stale<!-- up to here --> after")
@@ -420,11 +421,11 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     go()
     once = len(programs.started)
     measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
-    assert len(measured) == 14 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
-    # three rates of twelve methods (dense takes flm's), then 13 + 6 + 4 models; and evaluations: two rates of six distilled
-    # ones, every model, and the flow of each of two seeds by another sampler
-    assert programs.started.count("evaluate.py") == 12 + 23 + 2
-    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 22
+    assert len(measured) == 15 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
+    # three rates of twelve methods (dense takes flm's), then 10 + 6 + 4 models, the short ones being those of the best rate;
+    # and evaluations: two rates of six distilled ones, every model, and the flow of each of two seeds by another sampler
+    assert programs.started.count("evaluate.py") == 12 + 24 + 2
+    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 19
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
     assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
     assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002
