@@ -13,8 +13,7 @@ A flow map has another dial, the size of its noise: from less than it was traine
 rare tokens, and keeps its tokens in tune with each other, which drawing them does not (`--noise_scales=0.6,0.8,1`). Its
 sweep then ends in an argmax throughout; temperatures below 1 are for the guesses on the way, if there is one.
 
-What the scorer sees: the decoded text in its own tokens, after its begin-of-text token, so that the first token is scored
-too; what does not fit its context is cut off on the right; an end-of-text token inside a text is scored like any other.
+What the scorer sees is in scorers.py.
 
 Likelihood is another matter: nats of held-out text under the model itself, exact for ar, a bound for flm (bound.py), mdlm
 and duo (their losses). Only there is "perplexity" that of the model.
@@ -31,12 +30,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import common
 import metrics
+import scorers
 import storage
-from baselines import ar, noclock
+from baselines import noclock
 from bound import accuracy, bits_per_character, likelihood_bound, whiten
 from data.loader import Data
 from flow import drawn, latent_noise, most_likely, noise_factor, sample_flow, stratified
@@ -157,61 +156,6 @@ def read_texts(path: str) -> np.ndarray:
     return np.array(whole)
 
 
-# ---------------------------------------------------------------- scorers
-
-def load_scorer(name: str):
-    """A function from tokens (n, L) and texts to nats and numbers of tokens, (n,) each."""
-    if name.endswith(".pt"):
-        checkpoint = storage.load_checkpoint(name, "ar")
-        storage.require_same_vocabulary(checkpoint, held_out)
-        if checkpoint["model_config"]["block_size"] < L:
-            common.fail(f"{name} reads {checkpoint['model_config']['block_size']} tokens, the texts have {L}")
-        return functools.partial(score_ours, storage.build_model(checkpoint, machine.device))
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        common.fail("a scorer that is not ours needs transformers; run: pip install transformers (and gguf for a .gguf); "
-                    "--scorer= for none")
-    file = dict(gguf_file=os.path.basename(name)) if name.endswith(".gguf") else {}
-    folder = os.path.dirname(name) or "." if file else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file).to(machine.device).eval()
-    except Exception as error:  # the package raises whatever it meets on the way
-        common.fail(f"scorer {name!r} cannot be loaded ({type(error).__name__}: {error}); --scorer= for none")
-    return functools.partial(score_foreign, tokenizer, network)
-
-
-@torch.no_grad()
-def score_ours(network, tokens: np.ndarray, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    losses = []
-    for part in torch.from_numpy(tokens).split(batch_size):
-        with machine.autocast():
-            losses.append(ar.loss(network, None, machine.put(part), torch.ones(len(part), device=machine.device), None)[1])
-    return torch.cat(losses).double().sum(1).cpu().numpy(), np.full(len(tokens), tokens.shape[1])
-
-
-@torch.no_grad()
-def score_foreign(tokenizer, network, tokens: np.ndarray, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """In texts of like length together, padded on the right."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    room = getattr(network.config, "max_position_embeddings", 1024) - 1
-    ids = [[start, *tokenizer(text, add_special_tokens=False)["input_ids"][:room]] for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    losses, counts = np.zeros(len(ids)), np.array([len(row) - 1 for row in ids])
-    at = 0
-    while at < len(ids):
-        n = max(1, 8192 // len(ids[order[at]]))                                 # texts, so that logits stay small
-        rows = [torch.tensor(ids[i]) for i in order[at:at + n]]
-        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(machine.device)  # (B, longest)
-        with machine.autocast():
-            logits = network(x.clamp_min(0), attention_mask=(x >= 0).long()).logits[:, :-1].float()
-        each = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], ignore_index=-1, reduction="none")     # (B, longest - 1)
-        losses[order[at:at + n]] = each.double().sum(1).cpu()
-        at += n
-    return losses, counts
-
-
 # ---------------------------------------------------------------- a row of the table
 
 def rare_shares(tokens: np.ndarray) -> np.ndarray:
@@ -254,7 +198,7 @@ def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
     if held_out.path.parent.name == "palindromes":
         row["valid"] = mean(metrics.palindromes(tokens))
     scored = {}
-    for scorer_name, score in scorers.items():
+    for scorer_name, score in readers.items():
         read = slice(None if scorer_name.endswith(".pt") else scorer_samples or None)
         losses, counts = score(tokens[read], texts[read])
         scored[scorer_name] = metrics.sample_entropies(tokens), losses, counts
@@ -331,7 +275,7 @@ training_rows = training_rows if packed else training_rows.ravel()
 training_counts = np.bincount(training_rows.ravel(), minlength=V)
 if len({os.path.basename(name) for name in names}) < len(names):
     common.fail(f"scorer={scorer}: two of them have the same name")
-scorers = {os.path.basename(name.rstrip("/")): load_scorer(name) for name in names}
+readers = {os.path.basename(name.rstrip("/")): scorers.load(name, held_out, machine) for name in names}
 
 rows = [judge("held-out text", held_out_tokens)[0]] if num_samples else []
 likelihoods, matched = {}, {}
@@ -351,7 +295,7 @@ for name in sources:
             said = f"{kind}, {n_steps} steps, {temperature}{f', noise x {noise_scale:g}' if scale else ''}"
             row, scored[way] = judge(said, tokens, source=name, kind=kind, steps=n_steps, temperature=temperature, **scale)
             rows.append(row)
-        for key in scorers if len(around) > 1 else ():
+        for key in readers if len(around) > 1 else ():
             at = match([scored[way][key] for way in around], rows[0]["entropy"]["value"])
             matched.setdefault(name, {}).setdefault(str(n_steps), {})[key] = at
             reached = f"{at['value']:.4g}" if at else "not reached"
@@ -365,6 +309,6 @@ for name in sources:
             print(f"  of its tokens in almost no noise {found['accuracy_nearly_clean']['value']:.1%} are told apart")
 if out:
     kept = {key: value for key, value in settings.items() if key not in (*storage.PLACES, "source", "scorer", "out")}
-    record = dict(settings=kept, vocabulary=V, scorers=list(scorers), rows=rows, matched=matched, likelihoods=likelihoods)
+    record = dict(settings=kept, vocabulary=V, scorers=list(readers), rows=rows, matched=matched, likelihoods=likelihoods)
     storage.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(f"wrote {out}")

@@ -46,11 +46,11 @@ ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               
 ABLATIONS = [*SHORT, "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
     "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, tuning=1 / 4, position_std=0.2, samples=2000,
-                        batch=128, optimizer="muon", models=(ALL, ABLATIONS), shape=(), brief=False,
+                        batch=128, optimizer="muon", models=(ALL, ABLATIONS), shape=(),
                         judging=("--temperatures=argmax,1",)),
     "pydocs": dict(config="pydocs", iters=3000, distill_iters=1500, tuning=1 / 2, position_std=0.03, samples=1000, batch=64,
                    optimizer="adamw", models=(ALL, [*ABLATIONS, "clock0", "clock1"]),  # masked ones learn nothing for 1,000 steps
-                   shape=("--n_embd=128", "--block_size=32"), brief=True,       # half the demo's width and length, for time
+                   shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
                    judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5", "--noise_scales=0.5,0.6,0.7,0.8,0.9,1,1.1,1.3,1.6",
                             "--sweep_samples=50", "--scorer_samples=250"))}
 SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]),
@@ -175,14 +175,14 @@ def rate_of(name: str, dataset: str) -> float:
     return best_rate("flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name, dataset)
 
 
-def steps_of(name: str, seed: int, brief: bool) -> str:
-    """The numbers of evaluations a model is judged at: all, or, where judging is slow, for ablations and further seeds no
+def steps_of(name: str, seed: int) -> str:
+    """The numbers of evaluations a model is judged at: all, or, since judging is slow, for ablations and further seeds no
     more than what is compared. An autoregressive model takes as many as a text has tokens; the flow with gamma is for many."""
     if name == "ar":
         return "1"
     if name == "gamma":
         return "8,32,128" if seed == 1 else "128"
-    if not brief or name in HEADLINE and seed == 1:
+    if name in HEADLINE and seed == 1:
         return ",".join(map(str, STEPS))
     if name in TRAINED:
         return str(HEADLINE["flm"])
@@ -194,8 +194,8 @@ def measure(dataset: str) -> None:
     about, log = SETS[dataset], Path(work) / f"{dataset}.log"
     require(run(log, f"data/{about['config']}/prepare.py", *about.get("prepare", ())), log)
     first, ablations = about["models"]
-    order = [(name, 1) for name in first] + [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE if name in first]
-    order += [(name, 1) for name in ablations] + [(f"{name}-equal", 1) for name in EQUAL_TIME if name in first]
+    order = [(name, 1) for name in (*first, *ablations, *(f"{name}-equal" for name in EQUAL_TIME if name in first))]
+    order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE if name in first]
     for name, seed in order:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
         if out.exists():
@@ -209,7 +209,8 @@ def measure(dataset: str) -> None:
         if name in CLOCKS:
             record = evaluate(checkpoint, dataset, HEADLINE["flm"], more=SWEEP)
         else:
-            record = evaluate(checkpoint, dataset, HEADLINE[name] if length == "equal" else steps_of(label, seed, about["brief"]), more=more)
+            steps = HEADLINE[name] if length == "equal" else steps_of(label, seed)
+            record = evaluate(checkpoint, dataset, steps, more=more)
         seconds, loss = training["seconds"], {}
         if name in TEACHER:
             seconds += model(TEACHER[name], dataset, seed, rate_of(TEACHER[name], dataset))[1]["seconds"]
