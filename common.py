@@ -224,9 +224,14 @@ class Machine:
                                              zip(flat.split([g.numel() for g in gradients]), gradients)])
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"{self.world} x {name}{threads}, {self.dtype}"
+        """Processes, processor, threads and type of matrix products: what else is equal where times are compared."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        elif self.device.type == "cpu":
+            name = f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        else:
+            name = self.device.type
+        return f"{self.world} x {name}, {self.dtype}"
 
 
 def compiled(model: nn.Module, machine: Machine) -> nn.Module:

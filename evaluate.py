@@ -245,8 +245,8 @@ def likelihood(checkpoint: dict, net) -> dict | None:
                 continue
             tau = stratified(draws * len(y), random).view(draws, -1)
             loss = importlib.import_module(f"baselines.{kind}").loss
-            values.append(sum(loss(net, clock, y, times.float(), random)[1].double().sum(1) for times in tau) / draws)
-    nats = torch.cat(values).double().cpu().numpy()                             # (n,)
+            values.append(sum(loss(net, clock, y, times.float(), random)[1].cpu().double().sum(1) for times in tau) / draws)
+    nats = torch.cat(values).cpu().double().numpy()                             # (n,)
     characters = np.array([len(encoding.decode(row)) for row in held_out_tokens.tolist()])
     L = held_out_tokens.shape[1]
     accuracies = dict(accuracy_nearly_clean=mean(torch.cat(right).cpu().numpy())) if right else {}
@@ -309,6 +309,6 @@ for name in sources:
             print(f"  of its tokens in almost no noise {found['accuracy_nearly_clean']['value']:.1%} are told apart")
 if out:
     kept = {key: value for key, value in settings.items() if key not in (*storage.PLACES, "source", "scorer", "out")}
-    record = dict(settings=kept, vocabulary=V, scorers=list(readers), rows=rows, matched=matched, likelihoods=likelihoods)
+    record = dict(machine=machine.describe(), settings=kept, vocabulary=V, scorers=list(readers), rows=rows, matched=matched, likelihoods=likelihoods)
     storage.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(f"wrote {out}")

@@ -1,4 +1,4 @@
-"""The evidence: every model on the same text, transformer and number of tokens, measured the same way. `make evidence`.
+"""The evidence: models on the same text, transformer and number of tokens, measured the same way. `make evidence`.
 
     python evidence.py --sets=palindromes                   # hours, on two CPU cores
     python evidence.py --scorer=SmolLM2-135M.gguf           # both sets, text also under a language model not ours
@@ -10,7 +10,7 @@ is finished is never run again: a measurement is a file in results/<set>/, a mod
 stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end, of
 further ones by factors of two: by validation loss after a part of the steps, or, for distilled models, by what they are
 for at their headline number of steps after the same part of the distillation. So short, the objectives of distillation are
-compared, too: where all are behind what they can be, the better one shows.
+compared, too.
 """
 
 import json
@@ -38,10 +38,12 @@ settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_in(settings, "[1, inf)", "seeds")
 
-TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", *CLOCKS)
+TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", "clock0", "clock1")
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 RATES = (1e-3, 2e-3, 4e-3)
-SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false")}                   # other ways to sample a model of this list
+SWEEP = ("--temperatures=argmax,0.7,0.8,0.9,1,1.1", "--sweep_samples=0")        # of the clocks: rare tokens want it whole
+SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false"),                   # other ways to judge a model of this list
+            "clock0.5": ("flm",)}                                               # whose clock config/pydocs.py has for all
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               # important ones first
 ABLATIONS = [*SHORT, "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
@@ -49,13 +51,12 @@ SETS = {  # positions of the size of the embedding's rows for models that read c
                         batch=128, optimizer="muon", models=(ALL, ABLATIONS), shape=(),
                         judging=("--temperatures=argmax,1",)),
     "pydocs": dict(config="pydocs", iters=3000, distill_iters=1500, tuning=1 / 2, position_std=0.03, samples=1000, batch=64,
-                   optimizer="adamw", models=(ALL, [*ABLATIONS, "clock0", "clock1"]),  # masked ones learn nothing for 1,000 steps
+                   optimizer="adamw", models=(ALL, [*ABLATIONS, *CLOCKS]),      # masked ones learn nothing for 1,000 steps
                    shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
                    judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5", "--noise_scales=0.5,0.6,0.7,0.8,0.9,1,1.1,1.3,1.6",
                             "--sweep_samples=50", "--scorer_samples=250"))}
 SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]),
                                            prepare=("--vocab_size=4096", "--out_dir=data/pydocs4096"))
-SWEEP = ("--temperatures=argmax,0.7,0.8,0.9,1,1.1", "--sweep_samples=0")        # of the clocks: rare tokens want it whole
 
 
 # ---------------------------------------------------------------- one run, once
@@ -98,14 +99,14 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     part = {1: "", about["tuning"]: "-tuning"}.get(share, "-equal-time")
     folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
     path = folder / f"{name}.pt"
-    if name in CLOCKS or TEACHER.get(name) == "flm":
-        path = folder / name / ("flm.pt" if name in CLOCKS else "fmlm.pt")
+    if name.startswith("clock") or TEACHER.get(name) == "flm":
+        path = folder / name / ("flm.pt" if name.startswith("clock") else "fmlm.pt")
     teacher = model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[0] if name in TEACHER else None
     words = [f"--out_dir={path.parent}", f"--dataset={dataset}", f"--learning_rate={rate}", f"--seed={seed}",
              f"--max_iters={int((about['distill_iters'] if teacher else about['iters']) * share)}"]
     if name in TRAINED:
         clean = [f"--position_std={about['position_std']}"] if name in ("ar", "mdlm", "duo") else []
-        method = ["--method=flm", f"--clock_embedding_share={name[5:]}"] if name in CLOCKS else [f"--method={name}"]
+        method = ["--method=flm", f"--clock_embedding_share={name[5:]}"] if name.startswith("clock") else [f"--method={name}"]
         words = ["train.py", f"config/{about['config']}.py", *method, *about["shape"], *clean, *words]
     elif name in ("sdtt", "dcd"):
         words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
@@ -176,8 +177,8 @@ def rate_of(name: str, dataset: str) -> float:
 
 
 def steps_of(name: str, seed: int) -> str:
-    """The numbers of evaluations a model is judged at: all, or, since judging is slow, for ablations and further seeds no
-    more than what is compared. An autoregressive model takes as many as a text has tokens; the flow with gamma is for many."""
+    """The numbers of evaluations a model is judged at: all, or, since judging is slow, for ablations and further seeds those
+    that are compared. An autoregressive model takes as many as a text has tokens; the flow with gamma is for many."""
     if name == "ar":
         return "1"
     if name == "gamma":
@@ -220,11 +221,18 @@ def measure(dataset: str) -> None:
 
 
 def equal_time(dataset: str, name: str) -> float:
-    """How many times as long `name` can be trained in the seconds of its rival; its teacher is what it was."""
+    """How many times as long `name` can be trained in the seconds of its rival; its teacher is what it was. Exits where they
+    were measured on different machines."""
     def seconds(name):
-        return found(Path(results) / dataset, name)[0]["seconds"]
+        record = found(Path(results) / dataset, name)[0]
+        machines.add(record["machine"])
+        return record["seconds"]
+    machines = set()
     taught = seconds(TEACHER[name]) if name in TEACHER else 0
-    return (seconds(EQUAL_TIME[name]) - taught) / (seconds(name) - taught)
+    share = (seconds(EQUAL_TIME[name]) - taught) / (seconds(name) - taught)
+    if len(machines) > 1:
+        common.fail(f"{name} and {EQUAL_TIME[name]} took seconds on {' and '.join(sorted(machines))}; measure both on one machine")
+    return share
 
 
 # ---------------------------------------------------------------- the program

@@ -52,7 +52,7 @@ def score_ours(network, machine: Machine, tokens: np.ndarray, texts: list[str]) 
     for part in torch.from_numpy(tokens).split(max(1, TOKENS // tokens.shape[1])):
         with machine.autocast():
             losses.append(ar.loss(network, None, machine.put(part), torch.ones(len(part), device=machine.device), None)[1])
-    return torch.cat(losses).double().sum(1).cpu().numpy(), np.full(len(tokens), tokens.shape[1])
+    return torch.cat(losses).cpu().double().sum(1).numpy(), np.full(len(tokens), tokens.shape[1])
 
 
 @torch.no_grad()
@@ -71,6 +71,6 @@ def score_foreign(tokenizer, network, machine: Machine, tokens: np.ndarray, text
         with machine.autocast():
             logits = network(x.clamp_min(0), attention_mask=(x >= 0).long()).logits[:, :-1].float()
         each = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], ignore_index=-1, reduction="none")     # (B, longest - 1)
-        losses[order[at:at + n]] = each.double().sum(1).cpu()
+        losses[order[at:at + n]] = each.cpu().double().sum(1)
         at += n
     return losses, counts

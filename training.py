@@ -52,7 +52,7 @@ def require_alike(settings: dict, data: Data, step: int, machine: Machine) -> No
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, betas: tuple[float, float],
                     weight_decay: float, dtype: str) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices between embedding and head and AdamW for the rest. `dtype` is the
-    machine's: what it multiplies matrices in.
+    machine's, which it multiplies matrices in.
 
     Those that make the time's features and modulations are among them. AdamW moves all weights of such a feature the same
     way at once, as Muon does not, and at a learning rate that Muon stands, most features ended where SiLU is zero."""
@@ -68,13 +68,14 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, beta
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step, of a matrix, has all its singular values made nearly equal (https://kellerjordan.github.io/posts/muon),
-    rescaled to the size of AdamW's, so that one learning rate serves both.
+    """Momentum whose step, a matrix, has its singular values made nearly equal (https://kellerjordan.github.io/posts/muon) and
+    is rescaled to the size of AdamW's, so that one learning rate serves both.
 
     Notable, beside torch.optim.Muon: matrices of one shape go through the iteration together, in `dtype`; PyTorch's takes
-    bfloat16 everywhere, which a processor without units for it does ten times slower than float32."""
+    bfloat16 everywhere, in which a processor without units for it is more than ten times slower than in float32."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95):
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype,
+                 momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
 
@@ -86,7 +87,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     of_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), matrices in of_shape.items():
-                averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+                for p in matrices:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                averages = [self.state[p]["momentum_buffer"] for p in matrices]
                 gradients = torch.stack([p.grad for p in matrices])             # (n, rows, columns)
                 torch._foreach_lerp_(averages, list(gradients), 1 - group["momentum"])
                 ahead = gradients.lerp_(torch.stack(averages), group["momentum"])       # Nesterov's
@@ -96,8 +100,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(x: Tensor) -> Tensor:
-    """Matrices U S V^T as U S' V^T, (n, rows, columns), with all of S' between about 0.7 and 1.2, by five steps of a
-    Newton-Schulz iteration with Jordan's coefficients, made for few steps rather than for an exact end."""
+    """Matrices U S V^T as U S' V^T, (n, rows, columns): S' lies between about 0.7 and 1.2 but where S is below 1/500 of the
+    Frobenius norm, and is smaller there. Five steps of a Newton-Schulz iteration with Jordan's coefficients, made for few
+    steps rather than for an exact end."""
     wide = x if x.size(1) <= x.size(2) else x.mT                                # the smaller Gram matrix
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)           # no singular value above 1
     for _ in range(5):
@@ -119,8 +124,10 @@ def optimizer_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], ma
     for optimizer in optimizers:
         machine.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    overflow = machine.scaler.is_enabled() and not norm.isfinite()              # of any gradient: the scaler asks each optimizer alone
     for optimizer in optimizers:
-        machine.scaler.step(optimizer)
+        if not overflow:
+            machine.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     machine.scaler.update()
     return norm

@@ -3,6 +3,7 @@
 The programs as a user runs them, on a toy set: from data to one-step text, and their settings.
 """
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 from conftest import ROOT
 from programs import TINY, log, mistake, quick_run, run
 
+import common
 from data import tokenizer
 from model import FlowTransformer, ModelConfig
-from training import Muon, make_optimizers, orthogonalized
+from training import Muon, make_optimizers, optimizer_step, orthogonalized
 
 # ---------------------------------------------------------------- the way through
 
@@ -150,6 +152,44 @@ def test_muon_is_pytorchs(dtype):
             optimizer.step()
     for a, b, p in zip(ours, theirs, start):
         assert (a - b).norm() <= 0.02 * (b - p).norm()
+
+
+def test_muon_goes_on_from_its_state():
+    """To the same bits; a matrix without a gradient stays where it is."""
+    random = torch.Generator().manual_seed(1)
+    first, second = ([torch.nn.Parameter(torch.ones(4, 6)) for _ in range(3)] for _ in range(2))
+    optimizers = [Muon(first, 0.01, 0.1, torch.float32)]
+
+    def step():
+        for p, q in zip(first[:2], second):
+            p.grad = torch.randn(4, 6, generator=random)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    step()
+    for p, q in zip(first, second):
+        q.data = p.detach().clone()
+    optimizers.append(Muon(second, 0.01, 0.1, torch.float32))
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    step()
+    assert all(torch.equal(p, q) for p, q in zip(first, second))
+    assert torch.equal(first[2], torch.ones(4, 6)) and not torch.equal(first[1], torch.ones(4, 6))
+
+
+def test_an_overflow_anywhere_stops_every_optimizer():
+    """In float16 the scaler looks at the gradients of each optimizer alone, and clipping spreads one that is no number."""
+    machine = common.Machine("cpu", "float16")
+    net = FlowTransformer(ModelConfig(vocab_size=11, block_size=4, n_layer=1, n_head=2, n_embd=16, n_time=8))
+    optimizers = make_optimizers(net, "muon", 1e-2, (0.9, 0.99), 0.0, machine.dtype)
+    for overflow in (True, False):
+        before, scale = [p.detach().clone() for p in net.parameters()], machine.scaler.get_scale()
+        machine.scaler.scale(sum(p.square().sum() for p in net.parameters())).backward()
+        if overflow:
+            net.embed.weight.grad[0, 0] = torch.nan                             # AdamW's, not Muon's
+        optimizer_step(net, optimizers, machine, 1.0)
+        moved = [not torch.equal(p, q) for p, q in zip(before, net.parameters())]
+        assert any(moved) != overflow and (machine.scaler.get_scale() < scale) == overflow
+        assert all(p.isfinite().all() for p in net.parameters())
 
 
 @pytest.mark.parametrize("rows, columns", [(40, 100), (100, 40)])
