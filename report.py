@@ -123,7 +123,7 @@ def clock_table(folder: Path) -> list[str]:
             lines.append(f"| {title} | {entry(folder, name, HEADLINE['flm'])} | {rare and format(rare, '.0f') or 'not reached'} "
                          f"| {nats['value']:.3f} ± {(nats['high'] - nats['low']) / 2:.3f} "
                          f"| {likelihood['accuracy_nearly_clean']['value']:.1%} |")
-    return lines
+    return lines if len(lines) > 3 else []
 
 
 def noise_line(folder: Path) -> list[str]:

@@ -292,6 +292,7 @@ def test_the_report_says_what_was_measured(tmp_path):
     quick_run("evidence.py", "--report", "--sets=palindromes", f"--results={tmp_path / 'results'}", f"--readme={readme}")
     text = readme.read_text()
     assert text.startswith("before ") and text.endswith(" after") and "stale" not in text
+    assert "clock of the FLM" not in text and "rare tokens" not in text
     assert "| FMLM, PSD | 0.600 ± 0.100 | " in text and "| 0.400 ± 0.010, 0.90 different |" in text
     for claim, verdict in {"many steps": "holds", "eight of distilled discrete diffusion": "does not hold",
                            "semigroup beats Eulerian distillation, in one step": "within the error",
