@@ -231,7 +231,8 @@ def equal_time(dataset: str, name: str) -> float:
     taught = seconds(TEACHER[name]) if name in TEACHER else 0
     share = (seconds(EQUAL_TIME[name]) - taught) / (seconds(name) - taught)
     if len(machines) > 1:
-        common.fail(f"{name} and {EQUAL_TIME[name]} took seconds on {' and '.join(sorted(machines))}; measure both on one machine")
+        common.fail(f"{name} and {EQUAL_TIME[name]} took seconds on {' and '.join(sorted(machines))}; "
+                    "measure both on one machine")
     return share
 
 

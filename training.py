@@ -81,6 +81,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Move every matrix that has a gradient."""
         for group in self.param_groups:
             of_shape = {}                                                       # (rows, columns) -> matrices
             for p in group["params"]:
@@ -124,7 +125,8 @@ def optimizer_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], ma
     for optimizer in optimizers:
         machine.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    overflow = machine.scaler.is_enabled() and not norm.isfinite()              # of any gradient: the scaler asks each optimizer alone
+    # float16 only, where the scaler waits for the device anyway: it would step the optimizer whose own gradients are finite
+    overflow = machine.scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         if not overflow:
             machine.scaler.step(optimizer)
