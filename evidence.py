@@ -41,9 +41,7 @@ common.require_in(settings, "[1, inf)", "seeds")
 TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", "clock0", "clock1")
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
 RATES = (1e-3, 2e-3, 4e-3)
-SWEEP = ("--temperatures=argmax,0.7,0.8,0.9,1,1.1", "--sweep_samples=0")        # of the clocks: rare tokens want it whole
-SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false"),                   # other ways to judge a model of this list
-            "clock0.5": ("flm",)}                                               # whose clock config/pydocs.py has for all
+SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false")}                   # other ways to judge a model of this list
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               # important ones first
 ABLATIONS = [*SHORT, "mse", "noclock", "dense"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
@@ -51,7 +49,7 @@ SETS = {  # positions of the size of the embedding's rows for models that read c
                         batch=128, optimizer="muon", models=(ALL, ABLATIONS), shape=(),
                         judging=("--temperatures=argmax,1",)),
     "pydocs": dict(config="pydocs", iters=3000, distill_iters=1500, tuning=1 / 2, position_std=0.03, samples=1000, batch=64,
-                   optimizer="adamw", models=(ALL, [*ABLATIONS, *CLOCKS]),      # masked ones learn nothing for 1,000 steps
+                   optimizer="adamw", models=(ALL, [*CLOCKS, *ABLATIONS]),      # masked ones learn nothing for 1,000 steps
                    shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
                    judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5", "--noise_scales=0.5,0.6,0.7,0.8,0.9,1,1.1,1.3,1.6",
                             "--sweep_samples=50", "--scorer_samples=250"))}
@@ -176,14 +174,15 @@ def rate_of(name: str, dataset: str) -> float:
     return best_rate("flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name, dataset)
 
 
-def steps_of(name: str, seed: int) -> str:
+def steps_of(name: str, seed: int, first: list) -> str:
     """The numbers of evaluations a model is judged at: all, or, since judging is slow, for ablations and further seeds those
-    that are compared. An autoregressive model takes as many as a text has tokens; the flow with gamma is for many."""
+    that are compared. An autoregressive model takes as many as a text has tokens; the flow with gamma is for many. `first`
+    are the set's models that are no ablations."""
     if name == "ar":
         return "1"
     if name == "gamma":
         return "8,32,128" if seed == 1 else "128"
-    if name in HEADLINE and seed == 1:
+    if name in first and name in HEADLINE and seed == 1:
         return ",".join(map(str, STEPS))
     if name in TRAINED:
         return str(HEADLINE["flm"])
@@ -195,7 +194,7 @@ def measure(dataset: str) -> None:
     about, log = SETS[dataset], Path(work) / f"{dataset}.log"
     require(run(log, f"data/{about['config']}/prepare.py", *about.get("prepare", ())), log)
     first, ablations = about["models"]
-    order = [(name, 1) for name in (*first, *ablations, *(f"{name}-equal" for name in EQUAL_TIME if name in first))]
+    order = [(name, 1) for name in (*dict.fromkeys((*first, *ablations)), *(f"{name}-equal" for name in EQUAL_TIME if name in first))]
     order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE if name in first]
     for name, seed in order:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
@@ -207,11 +206,8 @@ def measure(dataset: str) -> None:
         share = equal_time(dataset, name) if length == "equal" else about["tuning"] if length == "short" else 1
         checkpoint, training = model(trained, dataset, seed, rate, share)
         require(training["finished"], checkpoint.with_suffix(".log"))
-        if name in CLOCKS:
-            record = evaluate(checkpoint, dataset, HEADLINE["flm"], more=SWEEP)
-        else:
-            steps = HEADLINE[name] if length == "equal" else steps_of(label, seed)
-            record = evaluate(checkpoint, dataset, steps, more=more)
+        steps = HEADLINE[name] if length == "equal" else steps_of(label, seed, first)
+        record = evaluate(checkpoint, dataset, steps, more=more)
         seconds, loss = training["seconds"], {}
         if name in TEACHER:
             seconds += model(TEACHER[name], dataset, seed, rate_of(TEACHER[name], dataset))[1]["seconds"]

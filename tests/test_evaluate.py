@@ -296,8 +296,10 @@ def test_the_report_says_what_was_measured(tmp_path):
     assert "| FMLM, PSD | 0.600 ± 0.100 | " in text and "| 0.400 ± 0.010, 0.90 different |" in text
     for claim, verdict in {"many steps": "holds", "eight of distilled discrete diffusion": "does not hold",
                            "semigroup beats Eulerian distillation, in one step": "within the error",
-                           "Lagrangian distillation, in one step": "holds", "squared error": "not measured yet"}.items():
+                           "Lagrangian distillation, in one step": "holds",
+                           "gamma sampling of the flow, which is not of the paper": "not measured yet"}.items():
         assert f"{claim}: **{verdict}**" in text
+    assert "squared error" not in text
 
 
 def test_the_report_compares_clocks_and_noise(tmp_path):
@@ -315,7 +317,7 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
             row(1.0, 3.0, 0.4, 10_000.0)]
     record = dict(rows=rows, matched={"flm.pt": {"128": {"judge": value(1000.0)}}}, scorers=["judge"], seconds=5.0,
                   vocabulary=4096, likelihoods={"flm.pt": dict(nats_per_token=value(5.5), accuracy_nearly_clean=value(0.75))})
-    (folder / "clock0.5-seed1.json").write_text(json.dumps(record | dict(val_loss=4.25)))
+    (folder / "flm-seed1.json").write_text(json.dumps(record | dict(val_loss=4.25)))
     (folder / "clock1-seed1.json").write_text(json.dumps(record | dict(rows=rows[:3])))
     (folder / "dense-seed1.json").write_text(json.dumps(record | dict(val_loss=4.5, likelihoods={})))
     readme = tmp_path / "mine.md"
@@ -328,8 +330,8 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
     scaled = [row("argmax", 2.0, 0.2, 100.0, "fmlm"), row("argmax", 2.5, 0.4, 2500.0, "fmlm"), row(0.5, 1.8, 0.1, 10.0, "fmlm")]
     (folder / "psd-seed1.json").write_text(json.dumps(record | dict(rows=[rows[0], *scaled])))  # by noise and cold
     quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={readme}")
-    assert "| evaluations | 1 | 2 | 4 | 8 | 16 | 32 | 128 |\n|---|---|---|---|---|---|---|---|\n| FMLM, PSD |  |  |  |  |  |  " \
-           "| 500 |\n| FLM, V-dimensional noise |  |  |  |  |  |  | 1000 |\n" in readme.read_text()
+    assert "| evaluations | 1 | 2 | 4 | 8 | 16 | 32 | 128 |\n|---|---|---|---|---|---|---|---|\n| FLM |  |  |  |  |  |  | 1000 " \
+           "|\n| FMLM, PSD |  |  |  |  |  |  | 500 |\n| FLM, V-dimensional noise |  |  |  |  |  |  | 1000 |\n" in readme.read_text()
 
 
 def test_the_readme_follows_from_the_results(tmp_path):
@@ -400,15 +402,14 @@ def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
     runpy.run_path("evidence.py", run_name="__main__")
     assert said[0] == "data/pydocs/prepare.py --vocab_size=4096 --out_dir=data/pydocs4096"
     measured = sorted(path.stem for path in (tmp_path / "results" / "pydocs4096").glob("*-seed*.json"))
-    assert measured == ["ar-seed1", "clock0-seed1", "clock0.5-seed1", "clock1-seed1", "dense-seed1"]
+    assert measured == ["ar-seed1", "clock0-seed1", "clock1-seed1", "dense-seed1", "flm-seed1"]
     whole = [words for words in said if "--method=flm " in words and "--max_iters=3000" in words]
     for trained, words in zip(whole, (["--clock_embedding_share=0 ", "/clock0 "], [], ["--clock_embedding_share=1 ", "/clock1 "]),
                               strict=True):                                     # the mean is that of config/pydocs.py
         assert trained.startswith("train.py config/pydocs.py ") and ("share" in trained) == bool(words)
         assert all(word in trained for word in [*words, "--dataset=pydocs4096 ", "--learning_rate=0.002 "])
     judged = [words for words in said if words.startswith("evaluate.py") and "/clock0/flm.pt" in words]
-    assert len(judged) == 1 and "--steps=128 " in judged[0] and judged[0].rindex("--sweep_samples=0") > judged[0].rindex(
-        "--sweep_samples=50") and "ar.pt,some/lm" in judged[0]
+    assert len(judged) == 1 and "--steps=128 " in judged[0] and "ar.pt,some/lm" in judged[0]
 
 
 def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
