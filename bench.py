@@ -78,7 +78,7 @@ seed = 1
 worker = ""                      # set by bench.py itself, in the process that measures this path
 
 COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar",
-            "head": "ours,checkpointed,builtin,whole", "average": "ours,online", "scaling": "", "plot": ""}  # and the paths of each
+            "head": "ours,checkpointed,builtin,whole", "average": "ours,online", "scaling": "", "plot": ""}  # and their paths
 _words = sys.argv[1:]
 _command = _words.pop(0) if _words and not _words[0].startswith("-") else ""    # the underscores: these are no settings
 settings = common.configure(globals(), _words)

@@ -112,9 +112,9 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
 
 def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
     """The pairs (temperature, noise scale) that texts of this kind of model are made at: its usual one, if asked for or
-    it is a map, and those of the sweep, in the order in which entropy should rise. With noise_scales the last guess of a map is an argmax
-    everywhere: what makes its texts more varied is less noise, and less varied a temperature below 1 on the way, or, in
-    one step, which has no way, more noise."""
+    it is a map, and those of the sweep, in the order in which entropy should rise. With noise_scales the last guess of a
+    map is an argmax everywhere: what makes its texts more varied is less noise, and less varied a temperature below 1 on
+    the way, or, in one step, which has no way, more noise."""
     usual = [("argmax" if kind in FLOWS else 1.0, 1.0)]
     if kind == "fmlm" and scales:
         colder = [(temperature, 1.0) for temperature in drawn_at if temperature < 1 < n_steps]
@@ -309,6 +309,7 @@ for name in sources:
             print(f"  of its tokens in almost no noise {found['accuracy_nearly_clean']['value']:.1%} are told apart")
 if out:
     kept = {key: value for key, value in settings.items() if key not in (*storage.PLACES, "source", "scorer", "out")}
-    record = dict(machine=machine.describe(), settings=kept, vocabulary=V, scorers=list(readers), rows=rows, matched=matched, likelihoods=likelihoods)
+    record = dict(machine=machine.describe(), settings=kept, vocabulary=V, scorers=list(readers), rows=rows, matched=matched,
+                  likelihoods=likelihoods)
     storage.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(f"wrote {out}")

@@ -110,7 +110,8 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
         words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
                  f"--optimizer={about['optimizer']}", *words]
     else:
-        objective = ["--objective=psd", "--self_distill", "--teacher_temperature=1"] if name == "self" else [f"--objective={name}"]
+        alone = ["--objective=psd", "--self_distill", "--teacher_temperature=1"]
+        objective = alone if name == "self" else [f"--objective={name}"]
         words = ["distill.py", f"config/distill_{about['config']}.py", *objective, f"--teacher={teacher}", *words]
     about_run = path.with_suffix(".run.json")
     record = read(about_run) or dict(words=words, seconds=0.0, finished=False)
@@ -194,7 +195,8 @@ def measure(dataset: str) -> None:
     about, log = SETS[dataset], Path(work) / f"{dataset}.log"
     require(run(log, f"data/{about['config']}/prepare.py", *about.get("prepare", ())), log)
     first, ablations = about["models"]
-    order = [(name, 1) for name in (*dict.fromkeys((*first, *ablations)), *(f"{name}-equal" for name in EQUAL_TIME if name in first))]
+    order = [(name, 1) for name in dict.fromkeys((*first, *ablations))]
+    order += [(f"{name}-equal", 1) for name in EQUAL_TIME if name in first]
     order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE if name in first]
     for name, seed in order:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"

@@ -15,9 +15,9 @@ import metrics
 import storage
 
 STEPS = (1, 2, 4, 8, 16, 32, 128)
-HEADLINE = {"flm": 128, "gamma": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt": 8, "dcd": 8}    # and the steps they are compared at
-SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM", "gamma": "FLM, gamma 0.9",
-         "psd": "FMLM, PSD", "psd-short": "FMLM, PSD, short", "lsd-short": "FMLM, LSD, short", "esd-short": "FMLM, ESD, short",
+HEADLINE = {"flm": 128, "gamma": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt": 8, "dcd": 8}    # and compared at
+SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM",
+         "gamma": "FLM, gamma 0.9", "psd": "FMLM, PSD", "psd-short": "FMLM, PSD, short", "lsd-short": "FMLM, LSD, short", "esd-short": "FMLM, ESD, short",
          "self-short": "FMLM, PSD without a teacher, short",
          "mse": "FLM, squared error", "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 CLOCKS = {"clock0": "published: reads V coordinates", "flm": "mean of both", "clock1": "reads d coordinates"}
@@ -203,7 +203,8 @@ def section(results: Path) -> str:
     parts = []
     for folder in measured_sets(results):
         parts += [f"**{title_of(folder)}.**", "", *table(folder), *rare_table(folder), *clock_table(folder),
-                  *noise_line(folder), "", *verdicts(folder), "", f"![quality against steps, and against entropy]({folder}.png)", ""]
+                  *noise_line(folder), "", *verdicts(folder), "",
+                  f"![quality against steps, and against entropy]({folder}.png)", ""]
     return "\n".join(parts)
 
 

@@ -28,7 +28,7 @@ flow_steps = 0                   # beside a flow map, also decode the same noise
 num_samples = 4
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
 noise_scale = 1.0                # size of the first noise: less makes a flow map's texts more varied
-temperature = 1.0                # of the guesses on the way: below 1 for likelier texts of commoner words; of no effect in one step
+temperature = 1.0                # of the guesses on the way: below 1 for commoner words; no effect in one step
 gamma = 0.0                      # 0 deterministic, up to 1 = fresh noise, of full size, after every step but the last
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu

@@ -6,8 +6,8 @@ self-distillation through time, duo.pt into dcd.pt by discrete consistency disti
 
 In rounds, as published: the student begins as its teacher, learns to do in one step what the teacher does in several
 (baselines/mdlm.py, duo.py), and becomes the teacher of the next round, with steps twice as long. What teaches, as what is
-sampled, is its moving average: the weights themselves, at a high learning rate, get worse from round to round. After every round the
-checkpoint is written; --init_from=resume goes on from there, so that a run that is stopped loses at most the round it is in.
+sampled, is its moving average: the weights themselves, at a high learning rate, get worse from round to round. After every
+round the checkpoint is written; --init_from=resume goes on from there, so a stopped run loses at most the round it is in.
 """
 
 import copy
