@@ -53,7 +53,7 @@ SETS = {  # positions of the size of the embedding's rows for models that read c
                    shape=("--n_embd=128", "--block_size=32"),                   # half the demo's width and length, for time
                    judging=("--temperatures=argmax,0.5,0.65,0.8,1,1.2,1.5", "--noise_scales=0.5,0.6,0.7,0.8,0.9,1,1.1,1.3,1.6",
                             "--sweep_samples=50", "--scorer_samples=250"))}
-SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]),
+SETS["pydocs4096"] = SETS["pydocs"] | dict(models=(["ar"], [*CLOCKS, "dense"]), rates="pydocs",      # as found there
                                            prepare=("--vocab_size=4096", "--out_dir=data/pydocs4096"))
 
 
@@ -130,7 +130,8 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
 
 def best_rate(name: str, dataset: str) -> float:
     """The learning rate that is best after a part of the steps, from results/<set>/rates.json: of RATES, and beyond their
-    ends while that gets better. One with which the run diverges counts as infinitely bad."""
+    ends while that gets better. One with which the run diverges counts as infinitely bad. A set may have another's."""
+    dataset = SETS[dataset].get("rates", dataset)
     path, rates = Path(results) / dataset / "rates.json", list(RATES)
     tried = read(path).get(name, {})
     while rates:
@@ -193,7 +194,8 @@ def steps_of(name: str, seed: int, first: list) -> str:
 def measure(dataset: str) -> None:
     """All models of a set, the important ones first."""
     about, log = SETS[dataset], Path(work) / f"{dataset}.log"
-    require(run(log, f"data/{about['config']}/prepare.py", *about.get("prepare", ())), log)
+    for needed in dict.fromkeys((about.get("rates", dataset), dataset)):
+        require(run(log, f"data/{about['config']}/prepare.py", *SETS[needed].get("prepare", ())), log)
     first, ablations = about["models"]
     order = [(name, 1) for name in dict.fromkeys((*first, *ablations))]
     order += [(f"{name}-equal", 1) for name in EQUAL_TIME if name in first]

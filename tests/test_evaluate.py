@@ -387,7 +387,7 @@ def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, m
                                       f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
     monkeypatch.chdir(ROOT)
     runpy.run_path("evidence.py", run_name="__main__")
-    rates = json.loads((tmp_path / "results" / "pydocs4096" / "rates.json").read_text())["flm"]
+    rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["flm"]
     assert sorted(map(float, rates)) == tried
     chosen = json.loads((tmp_path / "results" / "pydocs4096" / "clock1-seed1.json").read_text())["learning_rate"]
     assert chosen == (0.004 if diverging == "0.008" else best)
@@ -400,7 +400,8 @@ def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
                                       f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
     monkeypatch.chdir(ROOT)
     runpy.run_path("evidence.py", run_name="__main__")
-    assert said[0] == "data/pydocs/prepare.py --vocab_size=4096 --out_dir=data/pydocs4096"
+    assert said[:2] == ["data/pydocs/prepare.py", "data/pydocs/prepare.py --vocab_size=4096 --out_dir=data/pydocs4096"]
+    assert not any("-tuning" in words and "pydocs4096" in words for words in said)                 # rates are those of pydocs
     measured = sorted(path.stem for path in (tmp_path / "results" / "pydocs4096").glob("*-seed*.json"))
     assert measured == ["ar-seed1", "clock0-seed1", "clock1-seed1", "dense-seed1", "flm-seed1"]
     whole = [words for words in said if "--method=flm " in words and "--max_iters=3000" in words]
