@@ -1,16 +1,16 @@
 """The evidence: models on the same text, transformer and number of tokens, measured the same way. `make evidence`.
 
     python evidence.py --sets=palindromes                   # hours, on two CPU cores
-    python evidence.py --scorer=SmolLM2-135M.gguf           # both sets, text also under a language model not ours
+    python evidence.py --scorer=SmolLM2-135M.gguf           # all sets, text also under a language model not ours
     python evidence.py --report                             # no runs: table, figures and README from results/ as they are
     python evidence.py --results=mine --readme=mine.md      # all of it anew, beside ours
 
 It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What
 is finished is never run again: a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be
-stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end, of
-further ones by factors of two: by validation loss after a part of the steps, or, for distilled models, by what they are
-for at their headline number of steps after the same part of the distillation. So short, the objectives of distillation are
-compared, too.
+stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end,
+of further ones by factors of two (4,096 byte pairs: those of 1,024): by validation loss after a part of the steps, or,
+for distilled models, by what they are for at their headline number of steps after the same part of the distillation. So
+short, the objectives of distillation are compared, too.
 """
 
 import json
