@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from head import SoftmaxCrossEntropy, by_tokens, sum_by_tokens
+from head import SoftmaxCrossEntropy, by_tokens, draw, sum_by_tokens
 
 
 # ---------------------------------------------------------------- the clock
@@ -205,11 +205,8 @@ def most_likely(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def drawn(head: nn.Module, hidden: Tensor, random: torch.Generator) -> Tensor:
-    """Tokens (B, L) drawn from D, each on its own, instead of its mode. In float64: float32 would never draw what is rarer
-    than one in ten million or so."""
-    def draw(hidden):
-        return torch.multinomial(head(hidden).double().softmax(-1), 1, generator=random).squeeze(-1)
-    return by_tokens(draw, head, hidden)
+    """Tokens (B, L) drawn from D, each on its own, instead of its mode."""
+    return by_tokens(lambda hidden: draw(head(hidden).double().softmax(-1), random).squeeze(-1), head, hidden)
 
 
 # ---------------------------------------------------------------- training and sampling

@@ -70,7 +70,7 @@ def score_foreign(tokenizer, network, machine: Machine, tokens: np.ndarray, text
         x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(machine.device)  # (B, longest)
         with machine.autocast():
             logits = network(x.clamp_min(0), attention_mask=(x >= 0).long()).logits[:, :-1].float()
-        each = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], ignore_index=-1, reduction="none")     # (B, longest - 1)
-        losses[order[at:at + n]] = each.cpu().double().sum(1)
+        each = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), ignore_index=-1, reduction="none")
+        losses[order[at:at + n]] = each.view(len(rows), -1).cpu().double().sum(1)
         at += n
     return losses, counts

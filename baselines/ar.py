@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow import Clock, cross_entropy
+from head import draw
 from model import FlowTransformer, rotary_table, rotate
 
 
@@ -70,11 +71,11 @@ class Decoder:
 def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: int, random: torch.Generator | None,
            temperature: float = 1.0) -> Tensor:
     """Tokens (B, L), every one drawn from the softmax of its logits / temperature. Takes L evaluations, whatever `steps`
-    says. In float64, like all draws here: see baselines/mdlm.py."""
+    says."""
     E = model.embed.weight
     decoder, x, tokens = Decoder(model, B, L), E.new_zeros(B, 1, E.size(1)), []
     for _ in range(L):
         probabilities = (decoder(x)[:, 0].double() / temperature).softmax(-1)   # (B, V)
-        tokens.append(torch.multinomial(probabilities, 1, generator=random))    # (B, 1)
+        tokens.append(draw(probabilities, random))                              # (B, 1)
         x = F.embedding(tokens[-1], E)
     return torch.cat(tokens, dim=1)

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.dense import embed, mixture
-from baselines.mdlm import EDGE, draw, reverse_kl
+from baselines.mdlm import EDGE, reverse_kl
 from flow import Clock
-from head import by_tokens, sum_by_tokens
+from head import by_tokens, draw, sum_by_tokens
 from model import FlowTransformer
 
 

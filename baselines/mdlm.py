@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow import Clock
-from head import SoftmaxCrossEntropy, by_tokens, sum_by_tokens
+from head import SoftmaxCrossEntropy, by_tokens, draw, sum_by_tokens
 from model import FlowTransformer
 
 MORE_TOKENS = 1    # rows of the network beyond the data's tokens: the mask, the last
@@ -60,15 +60,6 @@ def loss(model: FlowTransformer, clock: Clock | None, y: Tensor, tau: Tensor, ra
 
 
 # ---------------------------------------------------------------- sampling
-
-def draw(p: Tensor, random: torch.Generator) -> Tensor:
-    """One token a row, (n, 1), from probabilities p (n, V).
-
-    In float64. A draw is argmax p / e, with e = -log u exponential, and in float32 the uniform u has 24 bits: e cannot
-    be small enough for the rarest tokens to win. They are hardly drawn, the text loses entropy without notice, and its
-    generative perplexity looks better than it is (arXiv 2409.02908)."""
-    return torch.multinomial(p.double(), 1, generator=random)
-
 
 def choose(z: Tensor, mask: int, share: Tensor | float, random: torch.Generator) -> Tensor:
     """The masks in z (B, L) to uncover now, (B, L) bool: each with the probability `share`, a number or (B, 1)."""

