@@ -10,7 +10,8 @@ is finished is never run again: a measurement is a file in results/<set>/, a mod
 stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end,
 of further ones by factors of two (4,096 byte pairs: those of 1,024): by validation loss after a part of the steps, or,
 for distilled models, by what they are for at their headline number of steps after the same part of the distillation. So
-short, the objectives of distillation are compared, too.
+short, the objectives of distillation are compared, too. Over its whole length distillation may want a lower rate: it is
+halved while that helps.
 """
 
 import json
@@ -128,23 +129,25 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     return path, record
 
 
-def best_rate(name: str, dataset: str) -> float:
+def best_rate(name: str, dataset: str, whole: bool = False) -> float:
     """The learning rate that is best after a part of the steps, from results/<set>/rates.json: of RATES, and beyond their
-    ends while that gets better. One with which the run diverges counts as infinitely bad. A set may have another's."""
+    ends while that gets better. `whole`: after all steps, of this rate, its half, and further halves while that gets better.
+    One with which the run diverges counts as infinitely bad. A set may have another's."""
     dataset = SETS[dataset].get("rates", dataset)
-    path, rates = Path(results) / dataset / "rates.json", list(RATES)
-    tried = read(path).get(name, {})
+    path, key = Path(results) / dataset / "rates.json", f"{name}, all steps" if whole else name
+    rates = [best_rate(name, dataset), best_rate(name, dataset) / 2] if whole else list(RATES)
+    tried = read(path).get(key, {})
     while rates:
         rate = f"{rates.pop(0):g}"
         if rate not in tried:
-            checkpoint, record = model(name, dataset, 1, float(rate), SETS[dataset]["tuning"])
+            checkpoint, record = model(name, dataset, 1, float(rate), 1 if whole else SETS[dataset]["tuning"])
             tried[rate] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
-            write(path, read(path) | {name: tried})
+            write(path, read(path) | {key: tried})
         best = float(min(tried, key=tried.get))
         if not rates and tried[f"{best:g}"] == math.inf:
             common.fail(f"{name} diverges with every learning rate; see {work}")
         if not rates:
-            rates = [beyond for beyond in (best / 2, best * 2) if f"{beyond:g}" not in tried]
+            rates = [beyond for beyond in (best / 2, *([] if whole else [best * 2])) if f"{beyond:g}" not in tried]
     return best
 
 
@@ -171,9 +174,11 @@ def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool =
     return read(out)
 
 
-def rate_of(name: str, dataset: str) -> float:
+def rate_of(label: str, dataset: str) -> float:
     """`dense` has the expected loss of `flm`, and the clocks are to be compared at the same rate: all as `flm`."""
-    return best_rate("flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name, dataset)
+    name, _, length = label.partition("-")
+    name = "flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name
+    return best_rate(name, dataset, whole=name in TEACHER and length != "short")
 
 
 def steps_of(name: str, seed: int, first: list) -> str:
@@ -204,8 +209,8 @@ def measure(dataset: str) -> None:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
         if out.exists():
             continue
-        label, (name, _, length) = name, name.partition("-")
         rate = rate_of(name, dataset)
+        label, (name, _, length) = name, name.partition("-")
         trained, *more = SAMPLERS.get(name, (name,))
         share = equal_time(dataset, name) if length == "equal" else about["tuning"] if length == "short" else 1
         checkpoint, training = model(trained, dataset, seed, rate, share)
@@ -214,7 +219,7 @@ def measure(dataset: str) -> None:
         record = evaluate(checkpoint, dataset, steps, more=more)
         seconds, loss = training["seconds"], {}
         if name in TEACHER:
-            seconds += model(TEACHER[name], dataset, seed, rate_of(TEACHER[name], dataset))[1]["seconds"]
+            seconds += model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[1]["seconds"]
         else:
             loss = dict(val_loss=storage.read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"])
         write(out, record | dict(seconds=seconds, learning_rate=rate) | loss)

@@ -257,7 +257,7 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
                           "lsd-short": 1, "esd-short": 1, "self-short": 1, "gamma": 1, "mse": 1, "noclock": 1, "dense": 1}.items():
         (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds)))
     rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
-             ("mdlm", "duo", "sdtt", "dcd")}
+             ("mdlm", "duo", "sdtt", "dcd", "sdtt, all steps", "dcd, all steps")}
     (folder / "rates.json").write_text(json.dumps(rates))
     programs, given = Programs(tmp_path), {}
 
@@ -347,10 +347,11 @@ def test_the_readme_follows_from_the_results(tmp_path):
 
 class Programs:
     """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.004,
-    or another, diverges; 0.002, or another, is best."""
+    or another, diverges; 0.002, or another, is best, and `lower` times that after all steps."""
 
-    def __init__(self, root, best=0.002, diverging="0.004"):
-        self.root, self.started, self.stop_at, self.best, self.diverging = root, [], None, best, diverging
+    def __init__(self, root, best=0.002, diverging="0.004", lower=1.0):
+        self.root, self.started, self.stop_at = root, [], None
+        self.best, self.diverging, self.lower = best, diverging, lower
 
     def __call__(self, words, **_):
         words = words[1:]
@@ -362,7 +363,8 @@ class Programs:
         status = 1 if given.get("learning_rate") == self.diverging else 0
         if words[0] == "evaluate.py":
             rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
-            rows = [measurement(int(n), 0.9 - abs(rate - self.best), 0.95)["rows"][1] for n in given["steps"].split(",")]
+            best = self.best * (1 if "-tuning" in given["source"] else self.lower)
+            rows = [measurement(int(n), 0.9 - abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
             matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
             bound = dict(nats_per_token=dict(value=5.0, low=4.0, high=6.0), accuracy_nearly_clean=dict(value=0.5))
             Path(given["out"]).write_text(json.dumps(dict(
@@ -391,6 +393,26 @@ def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, m
     assert sorted(map(float, rates)) == tried
     chosen = json.loads((tmp_path / "results" / "pydocs4096" / "clock1-seed1.json").read_text())["learning_rate"]
     assert chosen == (0.004 if diverging == "0.008" else best)
+
+
+@pytest.mark.parametrize("lower, tried", [(2, [0.001, 0.002]), (1, [0.001, 0.002]), (0.5, [0.0005, 0.001, 0.002]),
+                                          (0.25, [0.00025, 0.0005, 0.001, 0.002])])
+def test_rates_of_a_whole_distillation_are_halved_while_that_helps(tmp_path, monkeypatch, lower, tried):
+    programs = Programs(tmp_path, lower=lower)
+    monkeypatch.setattr(subprocess, "Popen", programs)
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started), children_system=0))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=palindromes", "--seeds=1", f"--work={tmp_path / 'work'}",
+                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evidence.py", run_name="__main__")
+    folder = tmp_path / "results" / "palindromes"
+    rates = json.loads((folder / "rates.json").read_text())
+    chosen = {name: json.loads((folder / f"{name}-seed1.json").read_text())["learning_rate"]
+              for name in ("psd", "sdtt", "dcd", "dcd-equal", "psd-short", "flm")}
+    for name in ("psd", "sdtt", "dcd"):
+        assert sorted(map(float, rates[f"{name}, all steps"])) == tried
+        assert chosen[name] == 0.002 * min(lower, 1)
+    assert chosen["dcd-equal"] == chosen["dcd"] and chosen["psd-short"] == chosen["flm"] == 0.002
 
 
 def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
@@ -431,10 +453,11 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     once = len(programs.started)
     measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
     assert len(measured) == 15 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
-    # three rates of twelve methods (dense takes flm's), then 10 + 6 + 4 models, the short ones being those of the best rate;
-    # and evaluations: two rates of six distilled ones, every model, and the flow of each of two seeds by another sampler
-    assert programs.started.count("evaluate.py") == 12 + 24 + 2
-    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 19
+    # three rates of twelve methods (dense takes flm's), then 10 + 6 + 4 models, the short ones being those of the best rate,
+    # and half the rate for three whole distillations; evaluations: two rates of six distilled ones, and of three of them
+    # whole, every model, and the flow of each of two seeds by another sampler
+    assert programs.started.count("evaluate.py") == 12 + 6 + 24 + 2
+    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 3 + 19
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
     assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
     assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002
