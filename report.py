@@ -203,7 +203,7 @@ def section(results: Path) -> str:
     parts = []
     for folder in measured_sets(results):
         parts += [f"**{title_of(folder)}.**", "", *table(folder), *rare_table(folder), *clock_table(folder),
-                  *noise_line(folder), "", *verdicts(folder), "",
+                  *noise_line(folder), "", *(said := verdicts(folder)), *([""] if said else []),
                   f"![quality against steps, and against entropy]({folder}.png)", ""]
     return "\n".join(parts)
 

@@ -347,11 +347,12 @@ def test_the_readme_follows_from_the_results(tmp_path):
 
 class Programs:
     """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.004,
-    or another, diverges; 0.002, or another, is best, and `lower` times that after all steps."""
+    or another, diverges; 0.002, or another, is best, and `lower` times that after all steps. With `reached` unset all
+    entropies are too small."""
 
-    def __init__(self, root, best=0.002, diverging="0.004", lower=1.0):
+    def __init__(self, root, best=0.002, diverging="0.004", lower=1.0, reached=True):
         self.root, self.started, self.stop_at = root, [], None
-        self.best, self.diverging, self.lower = best, diverging, lower
+        self.best, self.diverging, self.lower, self.reached = best, diverging, lower, reached
 
     def __call__(self, words, **_):
         words = words[1:]
@@ -366,6 +367,11 @@ class Programs:
             best = self.best * (1 if "-tuning" in given["source"] else self.lower)
             rows = [measurement(int(n), 0.9 - abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
             matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
+            if not self.reached:
+                matched = {}
+                for row in rows:
+                    row |= {"entropy": dict(value=1 - abs(rate - best)), "rare_256": dict(value=0.1), "perplexity judge": dict(value=9)}
+                    del row["valid"]
             bound = dict(nats_per_token=dict(value=5.0, low=4.0, high=6.0), accuracy_nearly_clean=dict(value=0.5))
             Path(given["out"]).write_text(json.dumps(dict(
                 rows=[*measurement(1, 0.5, 0.6)["rows"][:1], *rows], scorers=["judge"], matched=matched, machine="laptop",
@@ -413,6 +419,19 @@ def test_rates_of_a_whole_distillation_are_halved_while_that_helps(tmp_path, mon
         assert sorted(map(float, rates[f"{name}, all steps"])) == tried
         assert chosen[name] == 0.002 * min(lower, 1)
     assert chosen["dcd-equal"] == chosen["dcd"] and chosen["psd-short"] == chosen["flm"] == 0.002
+
+
+def test_where_no_rate_reaches_the_entropy_the_nearest_is_taken(tmp_path, monkeypatch):
+    programs = Programs(tmp_path, reached=False)
+    monkeypatch.setattr(subprocess, "Popen", programs)
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started), children_system=0))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=pydocs", "--seeds=1", f"--work={tmp_path / 'work'}",
+                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evidence.py", run_name="__main__")
+    rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["lsd"]
+    assert rates == {"0.001": pytest.approx(1e9 * 2.001), "0.002": pytest.approx(1e9 * 2), "0.004": math.inf}
+    assert "| FMLM, LSD, short | entropy not reached | entropy not reached | " in (tmp_path / "mine.md").read_text()
 
 
 def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
