@@ -131,8 +131,8 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
 
 def best_rate(name: str, dataset: str, whole: bool = False) -> float:
     """The learning rate that is best after a part of the steps, from results/<set>/rates.json: of RATES, and beyond their
-    ends while that gets better. `whole`: after all steps, of this rate, its half, and further halves while that gets better.
-    One with which the run diverges counts as infinitely bad. A set may have another's."""
+    ends while that gets better. `whole`: after all steps, of this rate, its half, and further halves while that gains more
+    than one in a hundred. One with which the run diverges counts as infinitely bad. A set may have another's."""
     dataset = SETS[dataset].get("rates", dataset)
     path, key = Path(results) / dataset / "rates.json", f"{name}, all steps" if whole else name
     rates = [best_rate(name, dataset), best_rate(name, dataset) / 2] if whole else list(RATES)
@@ -143,8 +143,9 @@ def best_rate(name: str, dataset: str, whole: bool = False) -> float:
             checkpoint, record = model(name, dataset, 1, float(rate), 1 if whole else SETS[dataset]["tuning"])
             tried[rate] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
             write(path, read(path) | {key: tried})
-        best = float(min(tried, key=tried.get))
-        if not rates and tried[f"{best:g}"] == math.inf:
+        least, slack = min(tried.values()), 0.01 if whole else 0
+        best = max(float(rate) for rate, value in tried.items() if value == least or value - least < slack * abs(least))
+        if not rates and least == math.inf:
             common.fail(f"{name} diverges with every learning rate; see {work}")
         if not rates:
             rates = [beyond for beyond in (best / 2, *([] if whole else [best * 2])) if f"{beyond:g}" not in tried]

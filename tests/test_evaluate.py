@@ -365,7 +365,7 @@ class Programs:
         if words[0] == "evaluate.py":
             rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
             best = self.best * (1 if "-tuning" in given["source"] else self.lower)
-            rows = [measurement(int(n), 0.9 - abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
+            rows = [measurement(int(n), 0.9 - 100 * abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
             matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
             if not self.reached:
                 matched = {}
@@ -401,9 +401,10 @@ def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, m
     assert chosen == (0.004 if diverging == "0.008" else best)
 
 
-@pytest.mark.parametrize("lower, tried", [(2, [0.001, 0.002]), (1, [0.001, 0.002]), (0.5, [0.0005, 0.001, 0.002]),
-                                          (0.25, [0.00025, 0.0005, 0.001, 0.002])])
-def test_rates_of_a_whole_distillation_are_halved_while_that_helps(tmp_path, monkeypatch, lower, tried):
+@pytest.mark.parametrize("lower, best, tried", [
+    (2, 0.002, [0.001, 0.002]), (1, 0.002, [0.001, 0.002]), (0.74, 0.002, [0.001, 0.002]),  # 0.74: half is hardly better
+    (0.5, 0.001, [0.0005, 0.001, 0.002]), (0.25, 0.0005, [0.00025, 0.0005, 0.001, 0.002])])
+def test_rates_of_a_whole_distillation_are_halved_while_that_helps(tmp_path, monkeypatch, lower, best, tried):
     programs = Programs(tmp_path, lower=lower)
     monkeypatch.setattr(subprocess, "Popen", programs)
     monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started), children_system=0))
@@ -417,7 +418,7 @@ def test_rates_of_a_whole_distillation_are_halved_while_that_helps(tmp_path, mon
               for name in ("psd", "sdtt", "dcd", "dcd-equal", "psd-short", "flm")}
     for name in ("psd", "sdtt", "dcd"):
         assert sorted(map(float, rates[f"{name}, all steps"])) == tried
-        assert chosen[name] == 0.002 * min(lower, 1)
+        assert chosen[name] == best
     assert chosen["dcd-equal"] == chosen["dcd"] and chosen["psd-short"] == chosen["flm"] == 0.002
 
 
