@@ -10,8 +10,8 @@ is finished is never run again: a measurement is a file in results/<set>/, a mod
 stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end,
 of further ones by factors of two (4,096 byte pairs: those of 1,024): by validation loss after a part of the steps, or,
 for distilled models, by what they are for at their headline number of steps after the same part of the distillation. So
-short, the objectives of distillation are compared, too. Over its whole length distillation may want a lower rate: it is
-halved while that helps.
+short, the objectives of distillation are compared, too. Over its whole length distillation may want a lower rate, so half
+of it is tried as well; and where the short run was better than both, it is what is shown.
 """
 
 import json
@@ -129,27 +129,40 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     return path, record
 
 
-def best_rate(name: str, dataset: str, whole: bool = False) -> float:
-    """The learning rate that is best after a part of the steps, from results/<set>/rates.json: of RATES, and beyond their
-    ends while that gets better. `whole`: after all steps, of this rate, its half, and further halves while that gains more
-    than one in a hundred. One with which the run diverges counts as infinitely bad. A set may have another's."""
-    dataset = SETS[dataset].get("rates", dataset)
-    path, key = Path(results) / dataset / "rates.json", f"{name}, all steps" if whole else name
-    rates = [best_rate(name, dataset), best_rate(name, dataset) / 2] if whole else list(RATES)
+def attempt(key: str, name: str, dataset: str, rate: float, share: float) -> float:
+    """The badness of a model after a share of the steps, from results/<set>/rates.json, under `key`, or measured now.
+    Infinite where the run diverges."""
+    path, rate = Path(results) / dataset / "rates.json", f"{rate:g}"
     tried = read(path).get(key, {})
+    if rate not in tried:
+        checkpoint, record = model(name, dataset, 1, float(rate), share)
+        tried[rate] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
+        write(path, read(path) | {key: tried})
+    return tried[rate]
+
+
+def best_rate(name: str, dataset: str) -> float:
+    """The learning rate that is best after a part of the steps: of RATES, and beyond their ends while that gets better. A
+    set may have another's."""
+    dataset = SETS[dataset].get("rates", dataset)
+    tried, rates = {}, list(RATES)
     while rates:
-        rate = f"{rates.pop(0):g}"
-        if rate not in tried:
-            checkpoint, record = model(name, dataset, 1, float(rate), 1 if whole else SETS[dataset]["tuning"])
-            tried[rate] = badness(name, dataset, checkpoint) if record["finished"] else math.inf
-            write(path, read(path) | {key: tried})
-        least, slack = min(tried.values()), 0.01 if whole else 0
-        best = max(float(rate) for rate, value in tried.items() if value == least or value - least < slack * abs(least))
-        if not rates and least == math.inf:
+        tried |= {rate: attempt(name, name, dataset, rate, SETS[dataset]["tuning"]) for rate in rates}
+        best = min(tried, key=tried.get)
+        if tried[best] == math.inf:
             common.fail(f"{name} diverges with every learning rate; see {work}")
-        if not rates:
-            rates = [beyond for beyond in (best / 2, *([] if whole else [best * 2])) if f"{beyond:g}" not in tried]
+        rates = [beyond for beyond in (best / 2, best * 2) if beyond not in tried]
     return best
+
+
+def best_run(name: str, dataset: str) -> tuple[float, float]:
+    """The learning rate and the share of the steps that a model is shown with: all of them, if distilled at `best_rate` or
+    half of it, which a longer run may want, or only the part which that was chosen after: some get worse and worse."""
+    rate = best_rate(name, dataset)
+    if name not in TEACHER:
+        return rate, 1
+    runs = {(rate, 1): f"{name}, all steps", (rate / 2, 1): f"{name}, all steps", (rate, SETS[dataset]["tuning"]): name}
+    return min(runs, key=lambda run: attempt(runs[run], name, dataset, *run))
 
 
 def badness(name: str, dataset: str, checkpoint: Path) -> float:
@@ -178,11 +191,14 @@ def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool =
     return read(out)
 
 
-def rate_of(label: str, dataset: str) -> float:
-    """`dense` has the expected loss of `flm`, and the clocks are to be compared at the same rate: all as `flm`."""
+def run_of(label: str, dataset: str) -> tuple[float, float]:
+    """Learning rate and share of the steps of a row. `dense` has the expected loss of `flm`, and the clocks are to be compared
+    at the same rate: all as `flm`."""
     name, _, length = label.partition("-")
-    name = "flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name
-    return best_rate(name, dataset, whole=name in TEACHER and length != "short")
+    if length == "short":
+        return best_rate(name, dataset), SETS[dataset]["tuning"]
+    rate, share = best_run("flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name, dataset)
+    return rate, share * equal_time(dataset, name) if length == "equal" else share
 
 
 def steps_of(name: str, seed: int, first: list) -> str:
@@ -213,10 +229,9 @@ def measure(dataset: str) -> None:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
         if out.exists():
             continue
-        rate = rate_of(name, dataset)
+        rate, share = run_of(name, dataset)
         label, (name, _, length) = name, name.partition("-")
         trained, *more = SAMPLERS.get(name, (name,))
-        share = equal_time(dataset, name) if length == "equal" else about["tuning"] if length == "short" else 1
         checkpoint, training = model(trained, dataset, seed, rate, share)
         require(training["finished"], checkpoint.with_suffix(".log"))
         steps = HEADLINE[name] if length == "equal" else steps_of(label, seed, first)
@@ -226,7 +241,7 @@ def measure(dataset: str) -> None:
             seconds += model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[1]["seconds"]
         else:
             loss = dict(val_loss=storage.read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"])
-        write(out, record | dict(seconds=seconds, learning_rate=rate) | loss)
+        write(out, record | dict(seconds=seconds, learning_rate=rate, share=share) | loss)
 
 
 def equal_time(dataset: str, name: str) -> float:

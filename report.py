@@ -97,7 +97,8 @@ def table(folder: Path) -> list[str]:
             equal = f"{name}-equal"
             longer = found(folder, equal) and (f"{entry(folder, equal, HEADLINE[name])} at {HEADLINE[name]}, "
                                                f"as long as {SHOWN[EQUAL_TIME[name]]}")
-            lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
+            best = " (short was best)" if name in HEADLINE and records[0].get("share", 1) < 1 else ""
+            lines.append(f"| {title}{best} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
     return lines
 
 

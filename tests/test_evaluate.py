@@ -347,12 +347,12 @@ def test_the_readme_follows_from_the_results(tmp_path):
 
 class Programs:
     """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.004,
-    or another, diverges; 0.002, or another, is best, and `lower` times that after all steps. With `reached` unset all
-    entropies are too small."""
+    or another, diverges; 0.002, or another, is best; after all steps `lower` times that, and all is `worse`. With `reached`
+    unset all entropies are too small."""
 
-    def __init__(self, root, best=0.002, diverging="0.004", lower=1.0, reached=True):
+    def __init__(self, root, best=0.002, diverging="0.004", lower=1.0, worse=0.0, reached=True):
         self.root, self.started, self.stop_at = root, [], None
-        self.best, self.diverging, self.lower, self.reached = best, diverging, lower, reached
+        self.best, self.diverging, self.lower, self.worse, self.reached = best, diverging, lower, worse, reached
 
     def __call__(self, words, **_):
         words = words[1:]
@@ -364,8 +364,8 @@ class Programs:
         status = 1 if given.get("learning_rate") == self.diverging else 0
         if words[0] == "evaluate.py":
             rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
-            best = self.best * (1 if "-tuning" in given["source"] else self.lower)
-            rows = [measurement(int(n), 0.9 - 100 * abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
+            best, worse = (self.best, 0) if "-tuning" in given["source"] else (self.best * self.lower, self.worse)
+            rows = [measurement(int(n), 0.9 - worse - 100 * abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
             matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
             if not self.reached:
                 matched = {}
@@ -401,25 +401,27 @@ def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, m
     assert chosen == (0.004 if diverging == "0.008" else best)
 
 
-@pytest.mark.parametrize("lower, best, tried", [
-    (2, 0.002, [0.001, 0.002]), (1, 0.002, [0.001, 0.002]), (0.74, 0.002, [0.001, 0.002]),  # 0.74: half is hardly better
-    (0.5, 0.001, [0.0005, 0.001, 0.002]), (0.25, 0.0005, [0.00025, 0.0005, 0.001, 0.002])])
-def test_rates_of_a_whole_distillation_are_halved_while_that_helps(tmp_path, monkeypatch, lower, best, tried):
-    programs = Programs(tmp_path, lower=lower)
+@pytest.mark.parametrize("lower, worse, best, share", [
+    (1, 0, 0.002, 1), (0.5, 0, 0.001, 1), (1, 0.01, 0.002, 0.25), (0.25, 0, 0.002, 0.25)])
+def test_whole_distillations_try_half_the_rate_and_short_ones_may_win(tmp_path, monkeypatch, lower, worse, best, share):
+    programs = Programs(tmp_path, lower=lower, worse=worse)
     monkeypatch.setattr(subprocess, "Popen", programs)
     monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started), children_system=0))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=palindromes", "--seeds=1", f"--work={tmp_path / 'work'}",
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=palindromes", "--seeds=2", f"--work={tmp_path / 'work'}",
                                       f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
     monkeypatch.chdir(ROOT)
     runpy.run_path("evidence.py", run_name="__main__")
     folder = tmp_path / "results" / "palindromes"
     rates = json.loads((folder / "rates.json").read_text())
-    chosen = {name: json.loads((folder / f"{name}-seed1.json").read_text())["learning_rate"]
-              for name in ("psd", "sdtt", "dcd", "dcd-equal", "psd-short", "flm")}
+    shown = {path.stem.removesuffix("-seed1"): json.loads(path.read_text()) for path in folder.glob("*-seed*.json")}
     for name in ("psd", "sdtt", "dcd"):
-        assert sorted(map(float, rates[f"{name}, all steps"])) == tried
-        assert chosen[name] == best
-    assert chosen["dcd-equal"] == chosen["dcd"] and chosen["psd-short"] == chosen["flm"] == 0.002
+        assert list(rates[f"{name}, all steps"]) == ["0.002", "0.001"]
+        for run in (name, f"{name}-seed2"):
+            assert (shown[run]["learning_rate"], shown[run]["share"]) == (best, share)
+            assert (f"rate-{best:g}-tuning" in next(iter(shown[run]["matched"]))) == (share < 1)
+    assert shown["dcd-equal"]["learning_rate"] == best
+    assert shown["psd-short"]["learning_rate"] == shown["flm"]["learning_rate"] == 0.002 and shown["flm"]["share"] == 1
+    assert ("| DCD (short was best) | " in (tmp_path / "mine.md").read_text()) == (share < 1)
 
 
 def test_where_no_rate_reaches_the_entropy_the_nearest_is_taken(tmp_path, monkeypatch):
