@@ -186,7 +186,8 @@ def test_draws_have_their_probabilities_and_never_what_has_none():
     assert set(tokens[:, 0].tolist()) == {1, 3, 4}
 
 
-@pytest.mark.parametrize("u, token", [(0, 1), (2.0 ** -53, 1), (2.0 ** -50, 2), (0.5, 2), (1 - 2.0 ** -50, 2), (1 - 2.0 ** -53, 3)])
+@pytest.mark.parametrize("u, token", [(0, 1), (2.0 ** -53, 1), (2.0 ** -50, 2), (0.5, 2), (1 - 2.0 ** -50, 2),
+                                      (1 - 2.0 ** -53, 3)])
 def test_draws_tell_probabilities_of_float64_apart(u, token, monkeypatch):
     """Two tokens of 2^-52 at the ends, which float32 would never draw; u = 0 and the largest u take no token without any."""
     p = torch.tensor([[0, 2.0 ** -52, 1 - 2.0 ** -51, 2.0 ** -52, 0]], dtype=torch.float64)

@@ -248,6 +248,17 @@ def measurement(steps, valid, high, seconds=10.0):
                 machine="laptop")
 
 
+def run_evidence(root, monkeypatch, programs, *words):
+    """evidence.py with everything below `root`, starting `programs`, each of which takes as many seconds as came before it."""
+    monkeypatch.setattr(subprocess, "Popen", programs)
+    if isinstance(programs, Programs):
+        monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started) ** 2, children_system=0))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", f"--work={root / 'work'}", f"--results={root / 'results'}",
+                                      f"--readme={root / 'mine.md'}", *words])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evidence.py", run_name="__main__")
+
+
 def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypatch):
     """A student of 10 s after a teacher of 2 s is given the 22 s that its rival took, which leaves it twice its own 10 s;
     a trained model 4 s for the 3 of its rival is given 3/4 of its steps. The command line says so."""
@@ -266,17 +277,13 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
             method = next(word for word in words if word.startswith("--method="))
             given[method[9:]] = next(int(word[12:]) for word in words if word.startswith("--max_iters="))
         return programs(words, **rest)
-    monkeypatch.setattr(subprocess, "Popen", started)
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=palindromes", "--seeds=1", f"--work={tmp_path / 'work'}",
-                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("evidence.py", run_name="__main__")
+    run_evidence(tmp_path, monkeypatch, started, "--sets=palindromes", "--seeds=1")
     assert given == {"mdlm": 1500, "duo": 750, "sdtt": 11000, "dcd": 5500 * 18 // 5}
     assert "| 0.900 ± 0.050 at 8, as long as FMLM, PSD |" in (tmp_path / "mine.md").read_text()
     (folder / "dcd-equal-seed1.json").unlink()
     (folder / "psd-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, 22) | dict(machine="desktop")))
     with pytest.raises(SystemExit, match="dcd and psd took seconds on desktop and laptop; measure both on one machine"):
-        runpy.run_path("evidence.py", run_name="__main__")
+        run_evidence(tmp_path, monkeypatch, started, "--sets=palindromes", "--seeds=1")
 
 
 def test_the_report_says_what_was_measured(tmp_path):
@@ -370,7 +377,8 @@ class Programs:
             if not self.reached:
                 matched = {}
                 for row in rows:
-                    row |= {"entropy": dict(value=1 - abs(rate - best)), "rare_256": dict(value=0.1), "perplexity judge": dict(value=9)}
+                    row |= {"entropy": dict(value=1 - abs(rate - best)), "rare_256": dict(value=0.1),
+                            "perplexity judge": dict(value=9)}
                     del row["valid"]
             bound = dict(nats_per_token=dict(value=5.0, low=4.0, high=6.0), accuracy_nearly_clean=dict(value=0.5))
             Path(given["out"]).write_text(json.dumps(dict(
@@ -390,11 +398,7 @@ class Programs:
     (0.002, "", [0.001, 0.002, 0.004]), (0.008, "", [0.001, 0.002, 0.004, 0.008, 0.016]),
     (0.008, "0.008", [0.001, 0.002, 0.004, 0.008]), (0.0005, "0.004", [0.00025, 0.0005, 0.001, 0.002, 0.004])])
 def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, monkeypatch, best, diverging, tried):
-    monkeypatch.setattr(subprocess, "Popen", Programs(tmp_path, best, diverging))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=pydocs4096", f"--work={tmp_path / 'work'}",
-                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("evidence.py", run_name="__main__")
+    run_evidence(tmp_path, monkeypatch, Programs(tmp_path, best, diverging), "--sets=pydocs4096")
     rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["flm"]
     assert sorted(map(float, rates)) == tried
     chosen = json.loads((tmp_path / "results" / "pydocs4096" / "clock1-seed1.json").read_text())["learning_rate"]
@@ -404,13 +408,7 @@ def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, m
 @pytest.mark.parametrize("lower, worse, best, share", [
     (1, 0, 0.002, 1), (0.5, 0, 0.001, 1), (1, 0.01, 0.002, 0.25), (0.25, 0, 0.002, 0.25)])
 def test_whole_distillations_try_half_the_rate_and_short_ones_may_win(tmp_path, monkeypatch, lower, worse, best, share):
-    programs = Programs(tmp_path, lower=lower, worse=worse)
-    monkeypatch.setattr(subprocess, "Popen", programs)
-    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started), children_system=0))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=palindromes", "--seeds=2", f"--work={tmp_path / 'work'}",
-                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("evidence.py", run_name="__main__")
+    run_evidence(tmp_path, monkeypatch, Programs(tmp_path, lower=lower, worse=worse), "--sets=palindromes", "--seeds=2")
     folder = tmp_path / "results" / "palindromes"
     rates = json.loads((folder / "rates.json").read_text())
     shown = {path.stem.removesuffix("-seed1"): json.loads(path.read_text()) for path in folder.glob("*-seed*.json")}
@@ -425,13 +423,7 @@ def test_whole_distillations_try_half_the_rate_and_short_ones_may_win(tmp_path, 
 
 
 def test_where_no_rate_reaches_the_entropy_the_nearest_is_taken(tmp_path, monkeypatch):
-    programs = Programs(tmp_path, reached=False)
-    monkeypatch.setattr(subprocess, "Popen", programs)
-    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started), children_system=0))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=pydocs", "--seeds=1", f"--work={tmp_path / 'work'}",
-                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("evidence.py", run_name="__main__")
+    run_evidence(tmp_path, monkeypatch, Programs(tmp_path, reached=False), "--sets=pydocs", "--seeds=1")
     rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["lsd"]
     assert rates == {"0.001": pytest.approx(1e9 * 2.001), "0.002": pytest.approx(1e9 * 2), "0.004": math.inf}
     assert "| FMLM, LSD, short | entropy not reached | entropy not reached | " in (tmp_path / "mine.md").read_text()
@@ -439,11 +431,8 @@ def test_where_no_rate_reaches_the_entropy_the_nearest_is_taken(tmp_path, monkey
 
 def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
     programs, said = Programs(tmp_path), []
-    monkeypatch.setattr(subprocess, "Popen", lambda words, **rest: said.append(" ".join(words[1:])) or programs(words, **rest))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--sets=pydocs4096", f"--work={tmp_path / 'work'}", "--scorer=some/lm",
-                                      f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"])
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("evidence.py", run_name="__main__")
+    run_evidence(tmp_path, monkeypatch, lambda words, **rest: said.append(" ".join(words[1:])) or programs(words, **rest),
+                 "--sets=pydocs4096", "--scorer=some/lm")
     assert said[:2] == ["data/pydocs/prepare.py", "data/pydocs/prepare.py --vocab_size=4096 --out_dir=data/pydocs4096"]
     assert not any("-tuning" in words and "pydocs4096" in words for words in said)                 # rates are those of pydocs
     measured = sorted(path.stem for path in (tmp_path / "results" / "pydocs4096").glob("*-seed*.json"))
@@ -459,15 +448,9 @@ def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
 
 def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     programs = Programs(tmp_path)
-    monkeypatch.setattr(subprocess, "Popen", programs)
-    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started) ** 2, children_system=0))
-    words = ["evidence.py", "--sets=palindromes", "--seeds=2", f"--work={tmp_path / 'work'}",
-             f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}"]
 
     def go():
-        monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.chdir(ROOT)
-        runpy.run_path("evidence.py", run_name="__main__")
+        run_evidence(tmp_path, monkeypatch, programs, "--sets=palindromes", "--seeds=2")
     programs.stop_at = 23
     with pytest.raises(KeyboardInterrupt):
         go()
