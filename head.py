@@ -36,7 +36,8 @@ def draw(p: Tensor, random: torch.Generator | None) -> Tensor:
 
     In float64. A float32 u has 24 bits, and so has that of argmax p / -log u, the usual way to draw: the rarest tokens are
     hardly drawn, the text loses entropy without notice, and its generative perplexity looks better than it is (arXiv
-    2409.02908). This takes one random number a row, where torch.multinomial takes V, most of the time of sampling."""
+    2409.02908). This takes one random number a row, where torch.multinomial takes V. Where p is not finite it returns V, a
+    token that no embedding has: to check here would be to wait for the device."""
     sums = p.double().cumsum(-1)                                                # u < 1, so u times the last is below the last
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=random, device=p.device)
     return torch.searchsorted(sums, u * sums[:, -1:], right=True)

@@ -195,6 +195,10 @@ def test_draws_tell_probabilities_of_float64_apart(u, token, monkeypatch):
     assert draw(p, None).tolist() == [[token]]
 
 
+def test_draws_from_what_is_not_finite_are_no_token():
+    assert draw(torch.tensor([[0.5, math.nan, 0.5]]), generator()).tolist() == [[3]]
+
+
 def test_samplers_draw_in_float64(monkeypatch):
     """From networks in float32, too."""
     asked, search = [], torch.searchsorted
