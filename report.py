@@ -17,7 +17,8 @@ import storage
 STEPS = (1, 2, 4, 8, 16, 32, 128)
 HEADLINE = {"flm": 128, "gamma": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt": 8, "dcd": 8}  # compared at these steps
 SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM",
-         "gamma": "FLM, gamma 0.9", "psd": "FMLM, PSD", "psd-short": "FMLM, PSD, short", "lsd-short": "FMLM, LSD, short",
+         "gamma": "FLM, gamma 0.9", "psd": "FMLM, PSD", "psd-long": "FMLM, PSD, four times as long",
+         "psd-short": "FMLM, PSD, short", "lsd-short": "FMLM, LSD, short",
          "esd-short": "FMLM, ESD, short", "self-short": "FMLM, PSD without a teacher, short",
          "mse": "FLM, squared error", "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 CLOCKS = {"clock0": "published: reads V coordinates", "flm": "mean of both", "clock1": "reads d coordinates"}

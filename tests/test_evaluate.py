@@ -265,7 +265,7 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
     folder = tmp_path / "results" / "palindromes"
     folder.mkdir(parents=True)
     taken = {"flm": 3, "mdlm": 2, "duo": 4, "psd": 22, "sdtt": 12, "dcd": 9}
-    rest = ("ar", "gamma", "psd-short", "lsd-short", "esd-short", "self-short", "mse", "noclock", "dense")
+    rest = ("ar", "gamma", "psd-long", "psd-short", "lsd-short", "esd-short", "self-short", "mse", "noclock", "dense")
     for name, seconds in (taken | dict.fromkeys(rest, 1)).items():
         (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds)))
     rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
@@ -419,7 +419,9 @@ def test_whole_distillations_try_half_the_rate_and_short_ones_may_win(tmp_path, 
         for run in (name, f"{name}-seed2"):
             assert (shown[run]["learning_rate"], shown[run]["share"]) == (best, share)
             assert (f"rate-{best:g}-tuning" in next(iter(shown[run]["matched"]))) == (share < 1)
-    assert shown["dcd-equal"]["learning_rate"] == best
+    assert shown["dcd-equal"]["learning_rate"] == shown["psd-long"]["learning_rate"] == best and shown["psd-long"]["share"] == 4
+    long = json.loads((tmp_path / "work" / "palindromes" / "seed1" / f"rate-{best:g}-long" / "psd" / "fmlm.run.json").read_text())
+    assert "--max_iters=22000" in long["words"]                                     # four times the 5,500
     assert shown["psd-short"]["learning_rate"] == shown["flm"]["learning_rate"] == 0.002 and shown["flm"]["share"] == 1
     assert ("| DCD (short was best) | " in (tmp_path / "mine.md").read_text()) == (share < 1)
 
@@ -459,12 +461,12 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     go()
     once = len(programs.started)
     measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
-    assert len(measured) == 15 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
+    assert len(measured) == 16 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
     # three rates of twelve methods (dense takes flm's), then 10 + 6 + 4 models, the short ones being those of the best rate,
-    # and half the rate for three whole distillations; evaluations: two rates of six distilled ones, and of three of them
-    # whole, every model, and the flow of each of two seeds by another sampler
-    assert programs.started.count("evaluate.py") == 12 + 6 + 24 + 2
-    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 3 + 19
+    # half the rate for three whole distillations, and a long one; evaluations: two rates of six distilled ones, and of three
+    # of them whole, every model, and the flow of each of two seeds by another sampler
+    assert programs.started.count("evaluate.py") == 12 + 6 + 25 + 2
+    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 3 + 20
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
     assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
     assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002
