@@ -153,10 +153,10 @@ CLAIMS = [  # of the paper but the second: what is better or no worse, and than 
     ("the clock is needed", ("flm", 128), [("noclock", 128)])]
 
 
-def verdicts(folder: Path) -> list[str]:
-    """A line for every claim. Ours is better, or worse, where it is by more than both errors together (as of independent
+def verdicts(folder: Path) -> list[tuple[str, str, str]]:
+    """For every claim that has a measurement the claim, the verdict, and the numbers. Ours is better, or worse, where it is by more than both errors together (as of independent
     numbers); for the first two, which ask to be no worse, within the error is enough."""
-    lines = []
+    found_so = []
     for claim, ours, others in CLAIMS:
         said = ", ".join(f"{SHOWN[name]} at {steps}: {entry(folder, name, steps) or 'not measured'}"
                          for name, steps in (ours, *others))
@@ -176,24 +176,42 @@ def verdicts(folder: Path) -> list[str]:
             if lead <= math.hypot(error, their_error) and claim not in (MATCHES, WITH_GAMMA):
                 verdict = "within the error"
         if any(found(folder, name) for name, _ in others):
-            lines.append(f"- {claim}: **{verdict}** ({said})")
-    return lines
+            found_so.append((claim, verdict, said))
+    return found_so
+
+
+def summary(folders: list[Path]) -> list[str]:
+    """Claims against sets, the verdicts alone; sets without any are left out."""
+    said = {name_of(folder): {claim: verdict for claim, verdict, _ in verdicts(folder)} for folder in folders}
+    said = {name: verdict_of for name, verdict_of in said.items() if verdict_of}
+    lines = ["| claim | " + " | ".join(said) + " |", "|---" * (len(said) + 1) + "|"]
+    lines += [f"| {claim} | " + " | ".join(of.get(claim, "not measured yet") for of in said.values()) + " |"
+              for claim, *_ in CLAIMS if any(claim in of for of in said.values())]
+    return [*lines, ""] if said else []
 
 
 START, END = "<!-- from here on written by evidence.py -->", "<!-- up to here -->"
 
 
+def all_records(folder: Path) -> list[dict]:
+    return [read(file) for file in sorted(folder.glob("*-seed*.json"))]
+
+
+def name_of(folder: Path) -> str:
+    record = all_records(folder)[0]
+    vocabulary = f", V = {record['vocabulary']:,}" if "vocabulary" in record else ""
+    return "Palindromes" if is_puzzle(record) else f"Python's prose{vocabulary}"
+
+
 def title_of(folder: Path) -> str:
-    records = [read(file) for file in sorted(folder.glob("*-seed*.json"))]
+    records = all_records(folder)
     samples = f"{records[0]['rows'][-1]['samples']:,} samples"
     if is_puzzle(records[0]):
-        return f"Palindromes, share of valid ones among {samples}: larger is better"
+        return f"{name_of(folder)}, share of valid ones among {samples}: larger is better"
     judges = {record["scorers"][-1] for record in records}
     if len(judges) > 1:
         common.fail(f"{folder} holds measurements under {' and '.join(sorted(judges))}; keep those of one")
-    vocabulary = f", V = {records[0]['vocabulary']:,}" if "vocabulary" in records[0] else ""
-    return (f"Python's prose{vocabulary}, perplexity under {judges.pop()} at the entropy of held-out text, {samples}: smaller "
-            f"is better")
+    return (f"{name_of(folder)}, perplexity under {judges.pop()} at the entropy of held-out text, {samples}: smaller is better")
 
 
 def measured_sets(results: Path) -> list[Path]:
@@ -202,10 +220,11 @@ def measured_sets(results: Path) -> list[Path]:
 
 def section(results: Path) -> str:
     """What the README says, from the files in results/ alone."""
-    parts = []
+    parts = summary(measured_sets(results))
     for folder in measured_sets(results):
         parts += [f"**{title_of(folder)}.**", "", *table(folder), *rare_table(folder), *clock_table(folder),
-                  *noise_line(folder), "", *(said := verdicts(folder)), *([""] if said else []),
+                  *noise_line(folder), "", *(said := [f"- {claim}: **{verdict}** ({numbers})"
+                                                      for claim, verdict, numbers in verdicts(folder)]), *([""] if said else []),
                   f"![quality against steps, and against entropy]({folder}.png)", ""]
     return "\n".join(parts)
 

@@ -1,0 +1,252 @@
+"""python -m pytest tests/test_evidence.py
+
+evidence.py, with the programs it starts replaced by one that writes what they would; and report.py on measurements made up here.
+"""
+
+import json
+import math
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from programs import ROOT, quick_run
+
+
+def measurement(steps, valid, high, seconds=10.0):
+    row = dict(valid=dict(value=valid, low=2 * valid - high, high=high), entropy=dict(value=2.0), steps=steps, samples=2000,
+               kind="fmlm", temperature="argmax", different=dict(value=0.9 if valid == 0.4 else 1.0))
+    return dict(rows=[dict(entropy=dict(value=2.0), rare_256=dict(value=0.3)), row], seconds=seconds, scorers=["judge"],
+                machine="laptop")
+
+
+def run_evidence(root, monkeypatch, programs, *words):
+    """evidence.py with everything below `root`, starting `programs`, each of which takes as many seconds as came before it."""
+    monkeypatch.setattr(subprocess, "Popen", programs)
+    if isinstance(programs, Programs):
+        monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=len(programs.started) ** 2, children_system=0))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", f"--work={root / 'work'}", f"--results={root / 'results'}",
+                                      f"--readme={root / 'mine.md'}", *words])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("evidence.py", run_name="__main__")
+
+
+def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypatch):
+    """A student of 10 s after a teacher of 2 s is given the 22 s that its rival took, which leaves it twice its own 10 s;
+    a trained model 4 s for the 3 of its rival is given 3/4 of its steps. The command line says so."""
+    folder = tmp_path / "results" / "palindromes"
+    folder.mkdir(parents=True)
+    taken = {"flm": 3, "mdlm": 2, "duo": 4, "psd": 22, "sdtt": 12, "dcd": 9}
+    rest = ("ar", "gamma", "psd-long", "psd-short", "lsd-short", "esd-short", "self-short", "mse", "noclock", "dense")
+    for name, seconds in (taken | dict.fromkeys(rest, 1)).items():
+        (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds)))
+    rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
+             ("mdlm", "duo", "sdtt", "dcd", "sdtt, all steps", "dcd, all steps")}
+    (folder / "rates.json").write_text(json.dumps(rates))
+    programs, given = Programs(tmp_path), {}
+
+    def started(words, **rest):
+        if any("equal-time" in word for word in words) and "evaluate.py" not in words:
+            method = next(word for word in words if word.startswith("--method="))
+            given[method[9:]] = next(int(word[12:]) for word in words if word.startswith("--max_iters="))
+        return programs(words, **rest)
+    run_evidence(tmp_path, monkeypatch, started, "--sets=palindromes", "--seeds=1")
+    assert given == {"mdlm": 1500, "duo": 750, "sdtt": 11000, "dcd": 5500 * 18 // 5}
+    assert "| 0.900 ± 0.050 at 8, as long as FMLM, PSD |" in (tmp_path / "mine.md").read_text()
+    (folder / "dcd-equal-seed1.json").unlink()
+    (folder / "psd-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, 22) | dict(machine="desktop")))
+    with pytest.raises(SystemExit, match="dcd and psd took seconds on desktop and laptop; measure both on one machine"):
+        run_evidence(tmp_path, monkeypatch, started, "--sets=palindromes", "--seeds=1")
+
+
+def test_the_report_says_what_was_measured(tmp_path):
+    folder = tmp_path / "results" / "palindromes"
+    folder.mkdir(parents=True)
+    for name, numbers in {"flm-seed1": (128, 0.94, 0.96), "mdlm-seed1": (128, 0.9, 0.91), "duo-seed1": (128, 0.95, 0.96),
+                          "psd-seed1": (1, 0.5, 0.51), "psd-seed2": (1, 0.7, 0.71), "sdtt-seed1": (8, 0.8, 0.81),
+                          "dcd-seed1": (8, 0.4, 0.41), "psd-short-seed1": (1, 0.6, 0.63), "esd-short-seed1": (1, 0.55, 0.6),
+                          "lsd-short-seed1": (1, 0.2, 0.21)}.items():
+        (folder / f"{name}.json").write_text(json.dumps(measurement(*numbers)))
+    readme = tmp_path / "README.md"
+    readme.write_text("before <!-- from here on written by evidence.py -->stale<!-- up to here --> after")
+    quick_run("evidence.py", "--report", "--sets=palindromes", f"--results={tmp_path / 'results'}", f"--readme={readme}")
+    text = readme.read_text()
+    assert text.startswith("before ") and text.endswith(" after") and "stale" not in text
+    assert "clock of the FLM" not in text and "rare tokens" not in text
+    assert "| FMLM, PSD | 0.600 ± 0.100 | " in text and "| 0.400 ± 0.010, 0.90 different |" in text
+    for claim, verdict in {"many steps": "holds", "eight of distilled discrete diffusion": "does not hold",
+                           "semigroup beats Eulerian distillation, in one step": "within the error",
+                           "Lagrangian distillation, in one step": "holds",
+                           "gamma sampling of the flow, which is not of the paper": "not measured yet"}.items():
+        assert f"{claim}: **{verdict}**" in text and f"{claim} | {verdict} |\n" in text
+    assert "written by evidence.py -->\n| claim | Palindromes |\n|---|---|\n" in text
+    assert "squared error" not in text
+
+
+def test_the_report_compares_clocks_and_noise(tmp_path):
+    """At the held-out text's entropy, 2, and at its share of rare tokens, 0.3: between two temperatures, geometrically."""
+    folder = tmp_path / "results" / "pydocs4096"
+    folder.mkdir(parents=True)
+
+    def value(x):
+        return dict(value=x, low=x - 0.25, high=x + 0.25)
+
+    def row(temperature, entropy, rare, perplexity, kind="flm"):
+        return {"kind": kind, "steps": 128, "temperature": temperature, "entropy": value(entropy), "rare_256": value(rare),
+                "perplexity judge": value(perplexity), "different": value(1.0), "samples": 1000}
+    rows = [dict(entropy=value(2.0), rare_256=value(0.3)), row("argmax", 3.0, 0.9, 1.0), row(0.8, 1.0, 0.2, 100.0),
+            row(1.0, 3.0, 0.4, 10_000.0)]
+    record = dict(rows=rows, matched={"flm.pt": {"128": {"judge": value(1000.0)}}}, scorers=["judge"], seconds=5.0,
+                  vocabulary=4096, likelihoods={"flm.pt": dict(nats_per_token=value(5.5), accuracy_nearly_clean=value(0.75))})
+    (folder / "flm-seed1.json").write_text(json.dumps(record | dict(val_loss=4.25)))
+    (folder / "clock1-seed1.json").write_text(json.dumps(record | dict(rows=rows[:3])))
+    (folder / "dense-seed1.json").write_text(json.dumps(record | dict(val_loss=4.5, likelihoods={})))
+    readme = tmp_path / "mine.md"
+    quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={readme}")
+    text = readme.read_text()
+    assert "V = 4,096, perplexity under judge at the entropy of held-out text, 1,000 samples: smaller is better" in text
+    assert "| mean of both | 1000 ± 0 | 1000 | 5.500 ± 0.250 | 75.0% |" in text
+    assert "| reads d coordinates | 1000 ± 0 | not reached | 5.500 ± 0.250 | 75.0% |" in text
+    assert "4.250 with noise drawn in d dimensions, 4.500 with noise drawn in V" in text and "**" not in text.split("V.\n")[1]
+    scaled = [row("argmax", 2.0, 0.2, 100.0, "fmlm"), row("argmax", 2.5, 0.4, 2500.0, "fmlm"), row(0.5, 1.8, 0.1, 10.0, "fmlm")]
+    (folder / "psd-seed1.json").write_text(json.dumps(record | dict(rows=[rows[0], *scaled])))  # by noise and cold
+    quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={readme}")
+    assert ("| evaluations | 1 | 2 | 4 | 8 | 16 | 32 | 128 |\n|---|---|---|---|---|---|---|---|\n"
+            "| FLM |  |  |  |  |  |  | 1000 |\n| FMLM, PSD |  |  |  |  |  |  | 500 |\n"
+            "| FLM, V-dimensional noise |  |  |  |  |  |  | 1000 |\n") in readme.read_text()
+
+
+def test_the_readme_follows_from_the_results(tmp_path):
+    """It is what evidence.py would write."""
+    if not list((ROOT / "results").glob("*/*-seed*.json")):
+        pytest.skip("no measurements in results/")
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    shutil.copy(ROOT / "README.md", readme)
+    shutil.copytree(ROOT / "results", results)
+    quick_run("evidence.py", "--report", f"--results={results}", f"--readme={readme}")
+    assert readme.read_text().replace(str(results), "results") == (ROOT / "README.md").read_text()
+
+
+class Programs:
+    """Stands for the programs that evidence.py starts: writes what they would, and counts them. A learning rate of 0.004,
+    or another, diverges; 0.002, or another, is best; after all steps `lower` times that, and all is `worse`. With `reached`
+    unset all entropies are too small."""
+
+    def __init__(self, root, best=0.002, diverging="0.004", lower=1.0, worse=0.0, reached=True):
+        self.root, self.started, self.stop_at = root, [], None
+        self.best, self.diverging, self.lower, self.worse, self.reached = best, diverging, lower, worse, reached
+
+    def __call__(self, words, **_):
+        words = words[1:]
+        if len(self.started) == self.stop_at:
+            self.stop_at = None
+            raise KeyboardInterrupt
+        self.started.append(words[0])
+        given = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        status = 1 if given.get("learning_rate") == self.diverging else 0
+        if words[0] == "evaluate.py":
+            rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
+            best, worse = (self.best, 0) if "-tuning" in given["source"] else (self.best * self.lower, self.worse)
+            rows = [measurement(int(n), 0.9 - worse - 100 * abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
+            matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
+            if not self.reached:
+                matched = {}
+                for row in rows:
+                    row |= {"entropy": dict(value=1 - abs(rate - best)), "rare_256": dict(value=0.1),
+                            "perplexity judge": dict(value=9)}
+                    del row["valid"]
+            bound = dict(nats_per_token=dict(value=5.0, low=4.0, high=6.0), accuracy_nearly_clean=dict(value=0.5))
+            Path(given["out"]).write_text(json.dumps(dict(
+                rows=[*measurement(1, 0.5, 0.6)["rows"][:1], *rows], scorers=["judge"], matched=matched, machine="laptop",
+                likelihoods={given["source"]: bound})))
+        elif "learning_rate" in given and status == 0:
+            name = given.get("method", "fmlm")
+            folder = Path(given["out_dir"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.pt").touch()
+            loss = abs(float(given["learning_rate"]) - self.best)
+            (folder / f"{name}.jsonl").write_text(json.dumps(dict(step=1, val_loss=loss)) + "\n")
+        return SimpleNamespace(wait=lambda: status)
+
+
+@pytest.mark.parametrize("best, diverging, tried", [
+    (0.002, "", [0.001, 0.002, 0.004]), (0.008, "", [0.001, 0.002, 0.004, 0.008, 0.016]),
+    (0.008, "0.008", [0.001, 0.002, 0.004, 0.008]), (0.0005, "0.004", [0.00025, 0.0005, 0.001, 0.002, 0.004])])
+def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(tmp_path, monkeypatch, best, diverging, tried):
+    run_evidence(tmp_path, monkeypatch, Programs(tmp_path, best, diverging), "--sets=pydocs4096")
+    rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["flm"]
+    assert sorted(map(float, rates)) == tried
+    chosen = json.loads((tmp_path / "results" / "pydocs4096" / "clock1-seed1.json").read_text())["learning_rate"]
+    assert chosen == (0.004 if diverging == "0.008" else best)
+
+
+@pytest.mark.parametrize("lower, worse, best, share", [
+    (1, 0, 0.002, 1), (0.5, 0, 0.001, 1), (1, 0.01, 0.002, 0.25), (0.25, 0, 0.002, 0.25)])
+def test_whole_distillations_try_half_the_rate_and_short_ones_may_win(tmp_path, monkeypatch, lower, worse, best, share):
+    run_evidence(tmp_path, monkeypatch, Programs(tmp_path, lower=lower, worse=worse), "--sets=palindromes", "--seeds=2")
+    folder = tmp_path / "results" / "palindromes"
+    rates = json.loads((folder / "rates.json").read_text())
+    shown = {path.stem.removesuffix("-seed1"): json.loads(path.read_text()) for path in folder.glob("*-seed*.json")}
+    for name in ("psd", "sdtt", "dcd"):
+        assert list(rates[f"{name}, all steps"]) == ["0.002", "0.001"]
+        for run in (name, f"{name}-seed2"):
+            assert (shown[run]["learning_rate"], shown[run]["share"]) == (best, share)
+            assert (f"rate-{best:g}-tuning" in next(iter(shown[run]["matched"]))) == (share < 1)
+    assert shown["dcd-equal"]["learning_rate"] == shown["psd-long"]["learning_rate"] == best and shown["psd-long"]["share"] == 4
+    long = json.loads((tmp_path / "work" / "palindromes" / "seed1" / f"rate-{best:g}-long" / "psd" / "fmlm.run.json").read_text())
+    assert "--max_iters=22000" in long["words"]                                     # four times the 5,500
+    assert shown["psd-short"]["learning_rate"] == shown["flm"]["learning_rate"] == 0.002 and shown["flm"]["share"] == 1
+    assert ("| DCD (short was best) | " in (tmp_path / "mine.md").read_text()) == (share < 1)
+
+
+def test_where_no_rate_reaches_the_entropy_the_nearest_is_taken(tmp_path, monkeypatch):
+    run_evidence(tmp_path, monkeypatch, Programs(tmp_path, reached=False), "--sets=pydocs", "--seeds=1")
+    rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["lsd"]
+    assert rates == {"0.001": pytest.approx(1e9 * 2.001), "0.002": pytest.approx(1e9 * 2), "0.004": math.inf}
+    assert "| FMLM, LSD, short | entropy not reached | entropy not reached | " in (tmp_path / "mine.md").read_text()
+
+
+def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
+    programs, said = Programs(tmp_path), []
+    run_evidence(tmp_path, monkeypatch, lambda words, **rest: said.append(" ".join(words[1:])) or programs(words, **rest),
+                 "--sets=pydocs4096", "--scorer=some/lm")
+    assert said[:2] == ["data/pydocs/prepare.py", "data/pydocs/prepare.py --vocab_size=4096 --out_dir=data/pydocs4096"]
+    assert not any("-tuning" in words and "pydocs4096" in words for words in said)                 # rates are those of pydocs
+    measured = sorted(path.stem for path in (tmp_path / "results" / "pydocs4096").glob("*-seed*.json"))
+    assert measured == ["ar-seed1", "clock0-seed1", "clock1-seed1", "dense-seed1", "flm-seed1"]
+    whole = [words for words in said if "--method=flm " in words and "--max_iters=3000" in words]
+    for trained, words in zip(whole, (["--clock_embedding_share=0 ", "/clock0 "], [], ["--clock_embedding_share=1 ", "/clock1 "]),
+                              strict=True):                                     # the mean is that of config/pydocs.py
+        assert trained.startswith("train.py config/pydocs.py ") and ("share" in trained) == bool(words)
+        assert all(word in trained for word in [*words, "--dataset=pydocs4096 ", "--learning_rate=0.002 "])
+    judged = [words for words in said if words.startswith("evaluate.py") and "pydocs4096" in words and "flm.pt" in words]
+    assert len(judged) == 3 and all("--steps=128 " in words and "ar.pt,some/lm" in words for words in judged)  # of each clock
+
+
+def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    programs = Programs(tmp_path)
+
+    def go():
+        run_evidence(tmp_path, monkeypatch, programs, "--sets=palindromes", "--seeds=2")
+    programs.stop_at = 23
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    go()
+    once = len(programs.started)
+    measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
+    assert len(measured) == 16 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
+    # three rates of twelve methods (dense takes flm's), then 10 + 6 + 4 models, the short ones being those of the best rate,
+    # half the rate for three whole distillations, and a long one; evaluations: two rates of six distilled ones, and of three
+    # of them whole, every model, and the flow of each of two seeds by another sampler
+    assert programs.started.count("evaluate.py") == 12 + 6 + 25 + 2
+    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 3 + 20
+    rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
+    assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
+    assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002
+    go()
+    assert len(programs.started) == once + 1                                    # prepare.py, which looks for itself
+    assert "FMLM, PSD" in (tmp_path / "mine.md").read_text()
