@@ -46,7 +46,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false")}                   # other ways to judge a model of this list
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               # important ones first
 LONG = 4                         # times the steps of psd has psd-long: what the map comes to with time
-ABLATIONS = ["psd-long", *SHORT, "mse", "noclock", "dense"]
+ABLATIONS = [*SHORT, "mse", "noclock", "dense", "psd-long"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
     "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, tuning=1 / 4, position_std=0.2, samples=2000,
                         batch=128, optimizer="muon", models=(ALL, ABLATIONS), shape=(),

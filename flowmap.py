@@ -79,7 +79,7 @@ def lagrangian_target(target: Callable, teacher: Callable, clock: Clock, z: Tens
     speed = -(1 - t) * step_size(s, t)
 
     def follow(denoised, hidden, tangent, speed):
-        return teacher.head(denoised).softmax(-1) + speed * softmax_tangent(target.head, hidden, tangent)
+        return teacher.head(denoised).softmax(-1) + speed * softmax_and_tangent(target.head, hidden, tangent)[1]
     return follow, (denoised, hidden, tangent, per_token(speed, hidden))
 
 
@@ -88,8 +88,13 @@ def eulerian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor
                     ) -> Target:
     """ESD: D_s(z) + (t - s)/(1 - t) [(1 - s) d delta_{s,t}/ds + (D_s(z) E - z) . grad_z delta_{s,t}].
 
-    The factor diverges at t = 1, where the bracket vanishes. Past tau = 1 - 1e-4 all but one token in 10,000 is
-    decoded, so 1 - t is taken no smaller than it is there: the factor stays near 10 and the target finite.
+    The factor diverges at t = 1, where the bracket of a flow map vanishes: infinity times 0 is delta - D there, and a
+    factor merely cut off would leave D. So past tau = 1 - 1e-4, where all but one token in 10,000 is decoded, the target
+    goes only part of the way from delta to this, (1 - t)/c of it, with c = 1 - t at that tau,
+
+        delta + [(1 - t)(D - delta) + (t - s) bracket] / c,
+
+    which is finite, and equal to delta for a flow map.
     """
     s, t = clock.t_of_tau(tau_s), clock.t_of_tau(tau_t)
     denoised = teacher(z, tau_s)
@@ -98,11 +103,12 @@ def eulerian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor
     hidden, tangent = torch.func.jvp(lambda z, tau_s: differentiable(target)(z, tau_s, tau_t, attention="math"),
                                      (z, tau_s), (direction, clock_speed))
     last = clock.t_of_tau(torch.full((1,), 1 - 1e-4, dtype=clock.t.dtype, device=z.device))  # (1,)
-    factor = (t - s) / (1 - torch.minimum(t, last))
+    c = 1 - torch.minimum(t, last)                                              # 1 - t before the last part of the clock
 
-    def stay(denoised, hidden, tangent, factor):
-        return teacher.head(denoised).softmax(-1) + factor * softmax_tangent(target.head, hidden, tangent)
-    return stay, (denoised, hidden, tangent, per_token(factor, hidden))
+    def stay(denoised, hidden, tangent, part, factor):
+        delta, slope = softmax_and_tangent(target.head, hidden, tangent)
+        return torch.lerp(delta, teacher.head(denoised).softmax(-1), part) + factor * slope
+    return stay, (denoised, hidden, tangent, per_token((1 - t) / c, hidden), per_token((t - s) / c, hidden))
 
 
 OBJECTIVES = {"psd": semigroup_target, "lsd": lagrangian_target, "esd": eulerian_target}
@@ -113,9 +119,9 @@ def differentiable(model: Callable) -> Callable:
     return getattr(model, "_orig_mod", model)
 
 
-def softmax_tangent(head: Callable, hidden: Tensor, tangent: Tensor) -> Tensor:
-    """The derivative (n, V) of softmax(head(hidden)) along tangent (n, d)."""
-    return torch.func.jvp(lambda hidden: head(hidden).softmax(-1), (hidden,), (tangent.to(hidden.dtype),))[1]
+def softmax_and_tangent(head: Callable, hidden: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(head(hidden)), (n, V), and its derivative (n, V) along tangent (n, d)."""
+    return torch.func.jvp(lambda hidden: head(hidden).softmax(-1), (hidden,), (tangent.to(hidden.dtype),))
 
 
 def per_token(scalar: Tensor, like: Tensor) -> Tensor:
