@@ -11,10 +11,10 @@ the flow dx/dt = (D_t(x) - x) / (1 - t) from noise at t = 0 to a text at t = 1. 
   t is near 0.8 and then everything can. `tau` is the share of tokens that could be decoded; train and sample in tau;
 - **z instead of x** (`latent_noise`): the network reads x only through z = x E, so noise of the law of x0 E is drawn
   directly, in d dimensions instead of V;
-- **the head in slices** (head.py): the only tensors with a vocabulary axis are some tokens tall.
+- **the head in slices** (head.py): logits, one for every word of the vocabulary, exist for some of the tokens at a time.
 
-Shapes: B sequences, L tokens, V vocabulary, d width. `model` is any callable (z, tau) -> hidden with a `head` that turns
-hidden (.., d) into logits (.., V) and an `embed.weight` E (V, d).
+Shapes: B sequences, L tokens, V vocabulary, d width. `model` is any callable (z, tau) -> hidden with an
+`embed.weight` E (V, d) and a `head` that turns hidden (.., d) into logits (.., V): a linear layer, or like one.
 """
 
 import math
@@ -39,23 +39,25 @@ class Clock:
 
     That is what a reader of all V coordinates can decode. The network sees d of them, where an average token is
     sqrt(d / V) times weaker; `embedding_share` > 0 mixes in a clock that ticks at r sqrt(d / V), as
-    (1 - share) tau(r) + share tau(r sqrt(d / V)). 0 is the published clock.
+    (1 - share) tau(r) + share tau(r sqrt(d / V)). 0 is the published clock, and so is any share where d >= V.
 
-    Raises ValueError for V < 2 and for a share outside [0, 1].
+    Raises ValueError for V < 2, for a share outside [0, 1], and for a share without a width d >= 1.
     """
 
     def __init__(self, V: int, d: int | None = None, embedding_share: float = 0.0, device: torch.device | str = "cpu"):
         if V < 2 or not 0 <= embedding_share <= 1:
             raise ValueError(f"a clock needs V >= 2 and a share in [0, 1], got V={V}, embedding_share={embedding_share}")
+        if embedding_share and (d is None or d < 1):
+            raise ValueError(f"a clock with embedding_share={embedding_share} needs the width d >= 1, got d={d}")
         t = torch.linspace(0, 1, 8193, dtype=torch.float64)
         table = error_table(V)
         tau, slope = clock_at(t, V, *table)
-        if embedding_share and d is not None and d < V:
+        if embedding_share and d < V:
             weak_tau, weak_slope = clock_at(t, V, *table, math.sqrt(d / V))
             tau, slope = torch.lerp(tau, weak_tau, embedding_share), torch.lerp(slope, weak_slope, embedding_share)
         device = torch.device(device)
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self.t, self.tau, self.slope = (table.to(device, dtype) for table in (t, tau, slope))
+        self.t, self.tau, self.slope = (column.to(device, dtype) for column in (t, tau, slope))
 
     def tau_of_t(self, t: Tensor) -> Tensor:
         """tau(t), any shape: float64 (float32 on mps), monotone, 0 at 0 and 1 at 1 exactly."""
@@ -121,8 +123,8 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------- noise and corruption
 
 def noise_factor(E: Tensor, tokens: int) -> Tensor | None:
-    """C (d, d) with C C^T = E^T E, or None where it is cheaper or only possible to draw noise in all V dimensions:
-    E^T E is singular for V <= d, and costs V d^2 however few `tokens` need noise.
+    """C (d, d) with C C^T = E^T E, or None where noise is to be drawn in all V dimensions: for V <= d, where E^T E is
+    singular, and for fewer `tokens` than d, where that is cheaper than the V d^2 of E^T E.
 
     Differentiable: with C the gradient for E is unbiased, and its variance about V / d times smaller than through
     V-dimensional noise. Float32 or better even under autocast. An E that has diverged gives NaN, not an error: to check
@@ -256,6 +258,7 @@ def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int
 
 def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
                 noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
-    """Tokens (B, L) by Euler steps; see `decode`. With gamma later steps can put right what earlier ones got wrong, but every
-    step is the longer, up to t~: unlike jumps, which are exact however long, more steps do not make that error vanish."""
+    """Tokens (B, L) by Euler steps; see `decode`. With gamma later steps can correct earlier ones. But every Euler step then
+    goes as far as t~, however many steps there are, so that its error does not vanish with more of them; the jumps of a flow
+    map have no such error."""
     return decode(lambda z, tau, _: model(z, tau), model, clock, z, steps, gamma, noise, last)

@@ -8,17 +8,19 @@ where to aim,
 The two-time denoiser delta_{s,t} is a weighted average of the denoisers D met between s and t, hence a distribution
 over the vocabulary, hence again a softmax output. It is trained to agree with itself and with a flow language model:
 
-    diagonal      delta_{t,t} = D_t: a jump of no length is what the FLM (the teacher) already knows (where its head has another
-                  temperature than 1, D is softened by it, and the map follows the flow of that);
+    diagonal      delta_{t,t} = D_t: a jump of no length is what the FLM (the teacher) already knows;
     off-diagonal  delta_{s,t} = what makes X a flow map, in one of three ways that differ in what they differentiate:
 
     semigroup   (PSD)  two jumps s -> u -> t land where one jump s -> t does. No derivative, the default;
     Lagrangian  (LSD)  moving the end t, the landing point follows the flow;
     Eulerian    (ESD)  moving the start s along the flow, the landing point stays.
 
+Where the teacher's head has another temperature than 1, D is the softened denoiser, and the map learns the flow of that.
+
 Every objective is a KL divergence to a target without gradient. `student` and `target` are callables
-(z, tau_s, tau_t) -> hidden with `head` and `embed.weight`; `teacher` is (z, tau) -> hidden with `head`. All share one
-frozen E, so they see the same noisy state.
+(z, tau_s, tau_t) -> hidden with `head` and `embed.weight` (LSD and ESD differentiate them in forward mode, and add
+attention="math" to the call, which lets PyTorch do that); `teacher` is (z, tau) -> hidden with `head`. All share one frozen
+E, so they see the same noisy state.
 """
 
 from collections.abc import Callable
@@ -147,7 +149,7 @@ def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor
             cut = raw.clamp_max(0).sum(-1, keepdim=True).neg()                  # (n, 1)
             p = raw.clamp_min(0)
             p /= p.sum(-1, keepdim=True)
-            entropy = -p.clamp_min(1e-38).log_().mul_(p).sum(-1, keepdim=True)  # three times as fast as xlogy
+            entropy = -p.clamp_min(1e-37).log_().mul_(p).sum(-1, keepdim=True)  # three times as fast as xlogy
         return torch.cat([SoftmaxCrossEntropy.apply(logits, p) - entropy, cut], dim=-1)
     total, values = sum_by_tokens(divergence, head, hidden, *tensors)
     return total, *values.unbind(-1)

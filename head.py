@@ -1,4 +1,4 @@
-"""The output head, a slice of tokens at a time: what its logits are needed for, without an array (B, L, V).
+"""Losses and draws from the output head, for a slice of tokens at a time: there is never an array of logits (B, L, V).
 
 `by_tokens` applies a function to the logits of all tokens, `sum_by_tokens` sums a loss over them and makes its gradient in
 the same pass; `draw` takes tokens from their probabilities. Nothing here knows of flows: what the function is, flow.py,
@@ -75,8 +75,8 @@ class SumBySlices(torch.autograd.Function):
             if of_head is None:
                 of_head = more
             else:
-                for whole, part in zip(of_head, more):
-                    whole += part
+                for whole, addition in zip(of_head, more):
+                    whole += addition
             del value, more                                                     # logits and (V, d), before the next
         values = torch.cat(values)                                              # (B L, k)
         ctx.mark_non_differentiable(values)

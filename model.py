@@ -75,8 +75,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "a
     if path == "flex":
         return flex(q, k, v, softcap)
     if path == "math":
-        logits = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, L, L)
-        return cap(logits, softcap).softmax(-1).to(v.dtype) @ v
+        logits = q @ k.transpose(-2, -1)                                        # (B, H, L, L)
+        if softcap:  # in 16 bits it would double the error of the logits
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cap(logits / math.sqrt(q.size(-1)), softcap).softmax(-1).to(v.dtype) @ v
     raise ValueError(f"attention path {path!r} cannot be used with softcap={softcap}")
 
 

@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=8 train.py config/owt.py
 
 512 sequences a step = 8 processes x 64 sequences x 1 micro-step, 524,288 tokens. Memory by arithmetic, not measured:
-weights, gradients, AdamW's two moments and the moving average take 170 M x 4 bytes x 5 = 3.4 GB; activations about
-40 d bytes a token and layer in bfloat16, 40 x 768 x 12 x 65,536 tokens = 24 GB; logits 64 MB a slice. On fewer or
-smaller GPUs lower batch_size and raise gradient_accumulation_steps: their product, 512, is what the recipe fixes.
+weights, gradients, AdamW's two moments and the moving average take 170 M x 4 bytes x 5 = 3.4 GB; activations 58 d bytes
+a token and layer (what autograd saves in bfloat16 with dropout, without torch.compile, counted on a CPU), 58 x 768 x 12
+x 65,536 tokens = 35 GB; a slice of logits, its copy in bfloat16 and its log-softmax 1.3 GB. On fewer or smaller GPUs lower
+batch_size and raise gradient_accumulation_steps: their product, 512, is what the recipe fixes.
 """
 
 out_dir = "out/owt"

@@ -78,6 +78,10 @@ def test_clock_refuses_nonsense():
         Clock(1)
     with pytest.raises(ValueError, match="embedding_share=1.5"):
         Clock(10, 4, 1.5)
+    for d in (None, 0):
+        with pytest.raises(ValueError, match="needs the width"):
+            Clock(10, d, 0.5)
+    assert Clock(10, 12, 0.5).tau.equal(Clock(10).tau)                          # a network that sees all V
 
 
 def test_stratified_puts_one_draw_in_every_stratum():
