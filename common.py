@@ -121,13 +121,13 @@ def require_in(settings: dict, interval: str, *keys: str) -> None:
 
 
 def parse_steps(text: str) -> list[int]:
-    """"1,2,4" -> [1, 2, 4]; exits unless all are positive integers."""
+    """"1,2,4" -> [1, 2, 4]; exits unless all are integers from 1 to a million."""
     try:
         steps = [int(word) for word in text.split(",")]
     except ValueError:
         steps = [0]
-    if min(steps) < 1:
-        fail(f"steps={text}: expected positive numbers such as 1 or 1,2,4,8")
+    if min(steps) < 1 or max(steps) > 1_000_000:
+        fail(f"steps={text}: expected numbers from 1 to 1,000,000, such as 1 or 1,2,4,8")
     return steps
 
 

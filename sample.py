@@ -9,6 +9,7 @@
 Reads out_dir/fmlm.pt, or flm.pt if there is no flow map yet. Needs no data folder: the tokenizer is in the checkpoint.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,9 +39,10 @@ seed = 1
 settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_in(settings, "[1, inf)", "num_samples")
-common.require_in(settings, "[0, inf)", "flow_steps", "block_size", "seed")
+common.require_in(settings, "[0, inf)", "block_size", "seed")
+common.require_in(settings, "[0, 1000000]", "flow_steps")
 common.require_in(settings, "[0, 1]", "gamma")
-common.require_in(settings, "(0, inf)", "noise_scale", "temperature")
+common.require_in(settings, "[1e-3, 1e3]", "noise_scale", "temperature")         # beyond, float32 overflows
 
 # ---------------------------------------------------------------- set-up
 
@@ -48,6 +50,8 @@ wanted = common.parse_steps(steps)
 if flow_steps and init_from:
     common.fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from")
 if out:
+    if Path(out).suffix != ".jsonl":
+        common.fail(f"out={out}: give a name that ends in .jsonl")
     storage.require_writable(Path(out))
 machine = common.Machine(device, dtype)
 if machine.world > 1:
@@ -92,18 +96,22 @@ for n_steps, with_flow in runs:
     name = "FLM" if with_flow else "FMLM"
     print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups "
           f"of {GROUP}")
-    records += [dict(sample=i, model=name, steps=n_steps, text=encoding.decode(row), tokens=row, seed=seed, gamma=gamma,
+    records += [dict(sample=i + 1, model=name, steps=n_steps, text=encoding.decode(row), tokens=row, seed=seed, gamma=gamma,
                      temperature=temperature, noise_scale=noise_scale)
                 for i, row in enumerate(rows[:num_samples])]
 
-for i in range(num_samples):  # the same noise side by side
-    print(f"\n==== sample {i + 1}")
-    for record in records:
-        if record["sample"] == i:
-            if len(runs) > 1:
-                print(f"-- {record['model']}, {record['steps']} step{'s' * (record['steps'] > 1)}")
-            print(record["text"].strip())
-
 if out:
     storage.write_lines(Path(out), records)
-    print(f"\nwrote {len(records)} samples to {out}")
+try:
+    if out:
+        print(f"wrote {len(records)} samples to {out}")
+    for i in range(1, num_samples + 1):  # the same noise side by side
+        print(f"\n==== sample {i}")
+        for record in records:
+            if record["sample"] == i:
+                if len(runs) > 1:
+                    print(f"-- {record['model']}, {record['steps']} step{'s' * (record['steps'] > 1)}")
+                print(record["text"].strip())
+    sys.stdout.flush()
+except BrokenPipeError:  # "| head" has seen enough; what Python would still write at its end goes nowhere
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
