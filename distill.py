@@ -85,6 +85,10 @@ sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 n_diagonal = round(diagonal_share * batch_size)
 if not 0 <= n_diagonal < batch_size:
     common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
+if diagonal_share and not n_diagonal:
+    common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for the diagonal")
+if objective == "psd" and not n_diagonal:
+    common.fail("objective=psd learns of the flow on the diagonal alone; set diagonal_share above 0")
 if self_distill and teacher_temperature != 1:
     common.fail("self_distill learns from the data, not from a teacher; add --teacher_temperature=1")
 
@@ -111,14 +115,17 @@ else:
 student.embed.weight.requires_grad_(False)
 ema = copy.deepcopy(student).eval()
 optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay, machine.dtype)
-step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)
-training.require_alike(settings, data, step, machine)
+step = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
+resumed_at = step if checkpoint else None                                       # what was validated already
+clock_embedding_share = flm["clock_embedding_share"]
+del checkpoint, flm                                                             # their memory
+training.require_alike(settings, data, step, machine, student, flow)
 
-clock = storage.build_clock(flow.config, flm["clock_embedding_share"], machine.device)
+clock = storage.build_clock(flow.config, clock_embedding_share, machine.device)
 E = student.embed.weight
 factor = noise_factor(E, E.size(1))  # E is frozen: once is enough
 net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
-log = storage.Log(path, machine, bool(checkpoint), step, wandb_project, settings)
+log = storage.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
 if machine.main:
     training.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,
                       path, passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
@@ -178,13 +185,11 @@ def batch(n: int):
 
 
 def save() -> None:
-    storage.save_run(path, "fmlm", student, ema, optimizers, machine, settings, data, flm["clock_embedding_share"], step,
-                    samples_seen)
+    storage.save_run(path, "fmlm", student, ema, optimizers, machine, settings, data, clock_embedding_share, step)
 
 
 # ---------------------------------------------------------------- the loop
 
-resumed_at = step if checkpoint else None  # that step's validation is in the log already
 progress = training.Progress(step, max_iters, sequences * block_size)
 watch = training.LossWatch(machine, "tau_s", "tau_t")
 coming = batch(step * local_steps)
@@ -218,7 +223,7 @@ while True:
         watch.see(step + 1, losses, start, end)
     norm = training.optimizer_step(student, optimizers, machine, grad_clip)
     training.update_ema(ema, student, ema_decay, step)
-    step, samples_seen = step + 1, samples_seen + sequences
+    step += 1
 
     if step % log_interval == 0:
         watch.check()                                                           # waits for the device

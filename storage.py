@@ -2,7 +2,8 @@
 
 A checkpoint is one file with everything a run needs to go on, and everything sampling needs, the tokenizer included. It
 is written beside the old one and moved over it, so that a crash at any moment leaves the last good one. Its seed and
-the number of samples seen are the state of every random generator and of the place in the data (see common.py).
+step are the state of every random generator and of the place in the data, since all of those are functions of the two (see
+common.py).
 """
 
 import itertools
@@ -245,9 +246,9 @@ def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **
 
 
 def save_run(path: Path, kind: str, model: nn.Module, ema: nn.Module, optimizers: list, machine: Machine,
-             settings: dict, data: Data, clock_embedding_share: float, step: int, samples_seen: int) -> None:
-    """Write all of a run, from the main process. (seed, samples_seen) is the state of the data order and of every
-    generator. Exits, and leaves the last checkpoint alone, when a weight is no longer a finite number."""
+             settings: dict, data: Data, clock_embedding_share: float, step: int) -> None:
+    """Write all of a run, from the main process. Exits, and leaves the last checkpoint alone, when a weight is no longer a
+    finite number."""
     if not machine.main:
         return
     if not all(p.isfinite().all() for p in model.parameters()):
@@ -255,22 +256,22 @@ def save_run(path: Path, kind: str, model: nn.Module, ema: nn.Module, optimizers
     save_checkpoint(path, dict(
         format="flm-1", kind=kind, model_config=asdict(model.config), model=model.state_dict(), ema=ema.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=machine.scaler.state_dict(),
-        clock_embedding_share=clock_embedding_share, settings=settings, step=step,
-        generator=dict(seed=settings["seed"], samples_seen=samples_seen), train_tokens=len(data.tokens),
+        clock_embedding_share=clock_embedding_share, settings=settings, step=step, train_tokens=len(data.tokens),
         tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
 
 
-def restore_run(checkpoint: dict, ema: nn.Module, optimizers: list, machine: Machine, data: Data) -> tuple[int, int]:
-    """Put a checkpoint's moving average, optimizers and loss scale back; returns (step, samples_seen). Exits when the
-    data are not those of the run so far, or something is missing."""
+def restore_run(checkpoint: dict, ema: nn.Module, optimizers: list, machine: Machine, data: Data) -> int:
+    """Put a checkpoint's moving average, optimizers and loss scale back; returns its step. Exits when the data have not as
+    many tokens as those of the run so far, or something is missing."""
     try:
         if checkpoint["train_tokens"] != len(data.tokens):
             fail(f"{data.path} has {len(data.tokens):,} tokens, the run was started on {checkpoint['train_tokens']:,}")
         ema.load_state_dict(checkpoint["ema"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        machine.scaler.load_state_dict(checkpoint["scaler"])
-        return checkpoint["step"], checkpoint["generator"]["samples_seen"]
+        if checkpoint["scaler"]:  # empty unless the run was in float16 until now
+            machine.scaler.load_state_dict(checkpoint["scaler"])
+        return checkpoint["step"]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(f"the checkpoint cannot be continued ({type(error).__name__}: {error}); sampling may still work")
 
@@ -302,16 +303,22 @@ def read_log(path: Path) -> list[dict]:
 
 
 def lock(path: Path):
-    """An open file that no other process can lock until this one ends, however it ends. None on Windows."""
+    """An open file that no other process can lock until this one ends, however it ends. None on Windows, and, saying so,
+    where the file system knows no locks."""
     try:
         import fcntl
     except ImportError:
         return None
-    file = open(path, "w")
+    try:
+        file = open(path, "w")
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror})")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another run is writing to {path.parent}; wait for it, or choose another out_dir")
+    except OSError as error:
+        print(f"{path} cannot be locked ({error.strerror}): start no second run in {path.parent}", file=sys.stderr)
     return file
 
 

@@ -98,12 +98,14 @@ else:
     model = storage.new_model(data.meta["vocab_size"] + getattr(baseline, "MORE_TOKENS", 0), shape, machine.device)
 ema = copy.deepcopy(model).eval()
 optimizers = training.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay, machine.dtype)
-step, samples_seen = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)
-training.require_alike(settings, data, step, machine)
+step = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
+resumed_at = step if checkpoint else None                                       # what was validated already
+del checkpoint                                                                  # its memory
+training.require_alike(settings, data, step, machine, model)
 
 clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
 net = common.compiled(model, machine) if compile else model  # same weights, faster
-log = storage.Log(path, machine, bool(checkpoint), step, wandb_project, settings)
+log = storage.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
 if machine.main:
     training.announce(f"baseline {method}" if baseline else "flow language model", model, machine, len(data.tokens),
                       sequences * block_size, max_iters, path, passes=3)
@@ -152,13 +154,11 @@ def batch(n: int):
 
 
 def save() -> None:
-    storage.save_run(path, method, model, ema, optimizers, machine, settings, data, clock_embedding_share, step,
-                    samples_seen)
+    storage.save_run(path, method, model, ema, optimizers, machine, settings, data, clock_embedding_share, step)
 
 
 # ---------------------------------------------------------------- the loop
 
-resumed_at = step if checkpoint else None  # that step's validation is in the log already
 progress = training.Progress(step, max_iters, sequences * block_size)
 watch = training.LossWatch(machine, "tau")
 coming = batch(step * local_steps)
@@ -194,7 +194,7 @@ while True:
         factor.backward(leaf.grad)                    # .. gradient, gathered over the micro-steps, is carried on to E
     norm = training.optimizer_step(model, optimizers, machine, grad_clip)
     training.update_ema(ema, model, ema_decay, step)
-    step, samples_seen = step + 1, samples_seen + sequences
+    step += 1
 
     if step % log_interval == 0:
         watch.check()                                                           # waits for the device

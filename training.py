@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -34,13 +35,19 @@ def require_trainable(settings: dict) -> None:
     require_in(settings, "(0, inf)", "learning_rate")
     require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed")
     require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay", "dropout")
+    if settings["schedule"] == "cosine" and settings["min_lr"] > settings["learning_rate"]:
+        fail(f"the cosine would rise from learning_rate={settings['learning_rate']} to min_lr={settings['min_lr']}; lower "
+             f"min_lr, or set schedule=constant")
 
 
-def require_alike(settings: dict, data: Data, step: int, machine: Machine) -> None:
-    """Exits unless all processes have the same settings (places apart), data and first step. With others their weights
-    would drift apart, and nothing would show it."""
+def require_alike(settings: dict, data: Data, step: int, machine: Machine, *models: nn.Module) -> None:
+    """Exits unless all processes have the same settings (places apart), data, first step and weights, of the teacher too.
+    With others their weights would drift apart, and nothing would show it."""
+    if machine.world == 1:
+        return
     facts = [value for key, value in settings.items() if key not in PLACES]
     facts += [data.meta["tokenizer"], len(data.tokens), step]
+    facts += [zlib.crc32(p.detach().cpu().numpy()) for model in models for p in model.parameters()]
     digest = float(int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4], "big"))
     low, minus_high = machine.total(torch.tensor([digest, -digest], dtype=torch.float64), dist.ReduceOp.MIN).tolist()
     if low != -minus_high:
@@ -252,9 +259,11 @@ class Progress:
 
 
 def finish(progress: Progress, step: int, max_iters: int, path: Path, save: Callable[[], None], machine: Machine):
-    """The last words of a training script: where the result is, or where an interrupted run can be taken up."""
+    """The last words of a training script: where the result is, or where an interrupted run can be taken up. All processes
+    stay until the checkpoint is written: when one ends, torchrun gives the others 30 seconds."""
     if progress.stopped and step < max_iters:
         save()
+        machine.total(torch.zeros(1))
         if machine.main:
             print(f"stopped at step {step}, saved {path}; continue with --init_from=resume", file=sys.stderr)
     elif machine.main:

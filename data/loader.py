@@ -10,6 +10,15 @@ from common import fail
 from data import tokenizer
 
 
+HERE = Path(__file__).parent
+
+
+def folder_of(dataset: str) -> Path:
+    """data/<dataset>; or, where that is not prepared, a folder of this name elsewhere, if there is one."""
+    here = HERE / dataset
+    return Path(dataset) if os.path.isdir(dataset) and not os.path.isfile(here / "meta.json") else here
+
+
 class Data:
     """data/<dataset>/<split>.bin as rows of L tokens, in an order that is a function of the seed.
 
@@ -19,11 +28,10 @@ class Data:
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, seed: int):
-        here = Path(__file__).parent
-        folder = Path(dataset) if os.path.isdir(dataset) else here / dataset
+        folder = folder_of(dataset)
         path = folder / f"{split}.bin"
         if not os.path.isfile(folder / "meta.json") or not os.path.isfile(path):  # Path's raise on too long a name
-            sets = sorted(script.parent.name for script in here.glob("*/prepare.py"))
+            sets = sorted(script.parent.name for script in HERE.glob("*/prepare.py"))
             fail(f"no data in {folder}; " + (f"run: python data/{dataset}/prepare.py" if dataset in sets else
                                              f"the sets that can be prepared are {', '.join(sets)}"))
         self.path, self.L, self.seed, self.epoch = path, block_size, seed, -1
@@ -32,6 +40,8 @@ class Data:
             self.tokenizer = json.loads((folder / "tokenizer.json").read_text())
             size, packed = np.dtype(self.meta["dtype"]).itemsize, self.meta["row_length"]
             n_tokens = self.meta[f"{split}_tokens"]
+            if not all(type(n) is int for n in (n_tokens, packed or 0, self.meta["vocab_size"])):
+                raise TypeError("meta.json has something else for a number")
             if tokenizer.identity(self.tokenizer) != self.meta["tokenizer"]:
                 raise ValueError("tokenizer.json is not the one of meta.json")
         except (KeyError, OSError, TypeError, ValueError) as error:
@@ -52,9 +62,8 @@ class Data:
     @staticmethod
     def row_length(dataset: str) -> int:
         """Tokens in a row of a packed set; 0 for a continuous stream, and for what is no set."""
-        folder = Path(dataset) if os.path.isdir(dataset) else Path(__file__).parent / dataset
         try:
-            return json.loads((folder / "meta.json").read_text())["row_length"] or 0
+            return json.loads((folder_of(dataset) / "meta.json").read_text())["row_length"] or 0
         except (KeyError, OSError, TypeError, ValueError):
             return 0  # the constructor says what is wrong
 

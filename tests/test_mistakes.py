@@ -34,8 +34,10 @@ def broken(toy, tmp_path_factory):
     damage("past", "train.bin", lambda content: b"\x10\0" * (len(content) // 2))
     damage("no_json", "meta.json", lambda content: b"{")
     damage("no_dtype", "meta.json", lambda content: content.replace(b"dtype", b"type"))
+    damage("words", "meta.json", lambda content: content.replace(b'"vocab_size": 16', b'"vocab_size": "16"'))
     damage("retokenised", "tokenizer.json", lambda content: content.replace(b"(?s:.)", b"(?s:..)"))
     damage("packed", "meta.json", lambda content: content.replace(b'"row_length": null', b'"row_length": 4'))
+    (folder / "x.jsonl").mkdir()
     write_toy(folder / "no_bin")
     (folder / "no_bin" / "train.bin").unlink()
     write_set(folder / "other", "abcdefghijklmnop" * 60)
@@ -106,13 +108,15 @@ CASES = [
     ("distill.py --diagonal_share=1", "diagonal_share=1.0: must lie in [0, 1)"),
     ("distill.py --diagonal_share=0.999", "diagonal_share=0.999 of batch_size=64 leaves no row for jumps"),
     ("distill.py --full_jump_share=-0.5", "full_jump_share=-0.5: must lie in [0, 1]"),
-    ("sample.py --steps=0", "steps=0: expected positive numbers such as 1 or 1,2,4,8"),
-    ("sample.py --steps=-1", "steps=-1: expected positive numbers such as 1 or 1,2,4,8"),
-    ("sample.py --steps=1,x", "steps=1,x: expected positive numbers such as 1 or 1,2,4,8"),
+    ("sample.py --steps=0", "steps=0: expected numbers from 1 to 1,000,000, such as 1 or 1,2,4,8"),
+    ("sample.py --steps=1,99999999", "steps=1,99999999: expected numbers from 1 to 1,000,000, such as 1 or 1,2,4,8"),
+    ("sample.py --steps=1,x", "steps=1,x: expected numbers from 1 to 1,000,000, such as 1 or 1,2,4,8"),
+    ("sample.py --temperature=1e-40", "temperature=1e-40: must lie in [1e-3, 1e3]"),
+    ("sample.py --out=flm.pt", "out=flm.pt: give a name that ends in .jsonl"),
     ("sample.py --gamma=2", "gamma=2.0: must lie in [0, 1]"),
     ("sample.py --gamma=-0.1", "gamma=-0.1: must lie in [0, 1]"),
     ("sample.py --num_samples=0", "num_samples=0: must lie in [1, inf)"),
-    ("sample.py --flow_steps=-1", "flow_steps=-1: must lie in [0, inf)"),
+    ("sample.py --flow_steps=-1", "flow_steps=-1: must lie in [0, 1000000]"),
     ("sample.py --block_size=4", "block_size=4: the network has learned its 8 positions; leave it at 0"),
     ("sample.py --flow_steps=4 --init_from={toy}/out/fmlm.pt",
      "flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from"),
@@ -147,6 +151,8 @@ CASES = [
      "column 2 (char 1)); run its prepare.py with --force"),
     ("train.py --dataset={broken}/no_dtype",
      "{broken}/no_dtype is damaged (KeyError: 'dtype'); run its prepare.py with --force"),
+    ("train.py --dataset={broken}/words",
+     "{broken}/words is damaged (TypeError: meta.json has something else for a number); run its prepare.py with --force"),
     ("train.py --dataset={broken}/retokenised",
      "{broken}/retokenised is damaged (ValueError: tokenizer.json is not the one of meta.json); run its prepare.py "
      "with --force"),
@@ -224,14 +230,17 @@ CASES = [
     ("train.py --init_from=resume --out_dir={broken}/swapped",
      "{broken}/swapped/flm.pt is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from "
      "train.py)"),
+    ("train.py --learning_rate=1e-5", "the cosine would rise from learning_rate=1e-05 to min_lr=0.0001; lower min_lr, or set "
+     "schedule=constant"),
+    ("distill.py --batch_size=1", "diagonal_share=0.5 of batch_size=1 leaves no row for the diagonal"),
+    ("distill.py --diagonal_share=0", "objective=psd learns of the flow on the diagonal alone; set diagonal_share above 0"),
     ("distill.py --self_distill --teacher_temperature=1.2",
      "self_distill learns from the data, not from a teacher; add --teacher_temperature=1"),
     # places to write
     ("train.py --out_dir={broken}/a_file",
      "cannot write {broken}/a_file/flm.jsonl (File exists)"),
-    ("sample.py --out={broken}", "cannot write {broken} (not a file)"),
-    ("sample.py --out=.", "cannot write . (not a file)"),
-    ("sample.py --out=/dev/null", "cannot write /dev/null (not a file)"),
+    ("sample.py --out={broken}", "out={broken}: give a name that ends in .jsonl"),
+    ("sample.py --out={broken}/x.jsonl", "cannot write {broken}/x.jsonl (not a file)"),
     ("sample.py --out={broken}/a_file/x.jsonl", "cannot write {broken}/a_file/x.jsonl (File exists)"),
     # preparing data
     ("data/owt/prepare.py --file={broken}/none.parquet", "{broken}/none.parquet: no such file"),

@@ -57,7 +57,7 @@ def undisturbed(toy, tmp_path_factory):
 
 
 def assert_same_run(found, expected):
-    for key in ("model", "ema", "optimizers", "scaler", "step", "generator"):
+    for key in ("model", "ema", "optimizers", "scaler", "step"):
         assert same(found[0][key], expected[0][key]), key
     assert found[1] == expected[1]  # every record: losses, learning rates, gradient norms, validations
 

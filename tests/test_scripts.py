@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from programs import TINY, log, mistake, quick_run, run
+from programs import TINY, log, mistake, quick_run, run, start
 
 import common
 from data import tokenizer
@@ -35,7 +35,7 @@ def test_checkpoints_hold_everything(toy):
     for kind in ("flm", "fmlm"):
         checkpoint = torch.load(folder / "out" / f"{kind}.pt", weights_only=True)
         assert checkpoint["kind"] == kind and checkpoint["step"] == 6
-        assert checkpoint["generator"] == dict(seed=1, samples_seen=48)
+        assert checkpoint["settings"]["seed"] == 1 and checkpoint["step"] == 6
         assert {"model", "ema", "optimizers", "settings", "model_config", "tokenizer", "vocabulary"} <= checkpoint.keys()
         assert checkpoint["vocabulary"] == tokenizer.identity(checkpoint["tokenizer"])
     assert not list((folder / "out").glob("*.tmp"))
@@ -90,6 +90,15 @@ def test_sampling_needs_no_data_folder_and_falls_back_to_the_flow(toy, tmp_path)
     done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path}"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "no flow map" in done.stderr and "FLM: 1 network evaluation" in done.stdout
+
+
+def test_texts_are_written_even_if_nobody_reads_the_screen(toy, tmp_path):
+    """As with "| head -1", which closes the pipe."""
+    process = start("sample.py", f"--out_dir={toy[0] / 'out'}", "--num_samples=5", f"--out={tmp_path / 'texts.jsonl'}")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=120) == 0
+    assert [record["sample"] for record in log(tmp_path / "texts.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_plot(toy):
@@ -207,9 +216,9 @@ def test_full_jumps_are_ramped_up(toy, tmp_path, monkeypatch):
     folder, common, *_ = toy
     monkeypatch.chdir(ROOT)
     for ramp, expected in ((True, [0, 8, 16]), (False, [16, 16, 16])):
-        monkeypatch.setattr(sys, "argv", ["distill.py", *common, f"--out_dir={tmp_path / str(ramp)}", "--batch_size=16",
-                                          f"--teacher={folder / 'out' / 'flm.pt'}", "--diagonal_share=0",
-                                          "--full_jump_share=1", f"--full_jump_ramp={ramp}"])
+        monkeypatch.setattr(sys, "argv", ["distill.py", *common, f"--out_dir={tmp_path / str(ramp)}", "--batch_size=32",
+                                          f"--teacher={folder / 'out' / 'flm.pt'}", "--full_jump_share=1",
+                                          f"--full_jump_ramp={ramp}"])
         batch = runpy.run_path("distill.py")["batch"]
         full = [int(((start == 0) & (end == 1)).sum()) for _, _, start, end in map(batch, (0, 3, 6))]  # of 6 steps
         assert full == expected

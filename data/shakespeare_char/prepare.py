@@ -7,6 +7,7 @@ char-rnn; the text is in the public domain.
     python data/shakespeare_char/prepare.py --file input.txt      any UTF-8 text
 """
 
+import http.client
 import sys
 import urllib.request
 from pathlib import Path
@@ -22,7 +23,7 @@ def download(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return answer.read().decode("utf-8")
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         corpus.fail(f"cannot download {url} ({error}); give a local copy with --file")
 
 
