@@ -61,6 +61,8 @@ common.require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay"
 common.require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay")
 if max_iters < rounds:
     common.fail(f"max_iters={max_iters} is less than one step for each of {rounds} rounds")
+if first_step * 2 ** (rounds - 1) > 1:
+    common.fail(f"first_step={first_step} in {rounds} rounds ends in steps longer than all of time; lower one of them")
 
 machine = common.Machine(device, dtype)
 if machine.world > 1:
@@ -75,10 +77,11 @@ checkpoint = storage.load_resumable(path, method, init_from, settings, fixed, ma
 student = storage.build_model(checkpoint or source, machine.device, "model" if checkpoint else "ema")
 ema = copy.deepcopy(student).eval()
 optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay, machine.dtype)
-done, _ = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else (0, 0)     # rounds
+done = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0             # rounds
 clock = storage.build_clock(student.config, source["clock_embedding_share"], machine.device)
 distillation_loss = importlib.import_module(f"baselines.{kind}").distillation_loss
 log = storage.Log(path, machine, bool(checkpoint), done * (max_iters // rounds), "", settings)
+watch = training.LossWatch(machine, "tau")
 progress = training.Progress(done * (max_iters // rounds), max_iters, batch_size * data.L)
 training.announce(f"baseline {method}", student, machine, len(data.tokens), batch_size * data.L, max_iters, path, passes=5)
 
@@ -92,17 +95,20 @@ for round_number in range(done, rounds):
         tau = machine.put(stratified(batch_size, common.generator(seed, 4, step)).float())      # (B,)
         random = common.generator(seed, 6, step, device=machine.device)
         with machine.autocast():
-            loss, _ = distillation_loss(student, frozen, clock, y, tau, first_step * 2 ** round_number, random)
+            loss, losses = distillation_loss(student, frozen, clock, y, tau, first_step * 2 ** round_number, random)
         machine.scaler.scale(loss).backward()
+        watch.see(step + 1, losses.mean(1), tau)
         training.optimizer_step(student, optimizers, machine, grad_clip)
         training.update_ema(ema, student, ema_decay, step)
         if progress.should_stop(machine):
             print(f"stopped in round {round_number + 1}; --init_from=resume begins it anew", file=sys.stderr)
             sys.exit(130)
         if (step + 1) % log_interval == 0:
+            watch.check()
             log.write(step + 1, loss=loss.item())
             print(f"round {round_number + 1}/{rounds}, step {step + 1}/{max_iters} | loss {loss.item():.4f} | "
                   f"{progress.line(step + 1)}", flush=True)
+    watch.check()
     storage.save_run(path, method, student, ema, optimizers, machine, settings, data, source["clock_embedding_share"],
-                     round_number + 1, (step + 1) * batch_size)
+                     round_number + 1)
 print(f"done: {path}")

@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.dense import embed, mixture
 from baselines.mdlm import EDGE, reverse_kl
 from flow import Clock
 from head import by_tokens, draw, sum_by_tokens
@@ -73,24 +72,13 @@ def bound(logits: Tensor, y: Tensor, z: Tensor, tau: Tensor) -> Tensor:
     return (gain + torch.exp(-true_z) * ((true_mean - true_z) - (ours_mean - ours_z))) / tau
 
 
-def loss(model: FlowTransformer, clock: Clock | None, y: Tensor, tau: Tensor, random: torch.Generator,
-         softness: float = 0.0) -> tuple[Tensor, Tensor]:
+def loss(model: FlowTransformer, clock: Clock | None, y: Tensor, tau: Tensor, random: torch.Generator
+         ) -> tuple[Tensor, Tensor]:
     """For uniform tau (B,) an unbiased estimate of the bound on -log p(y), nats a token: its mean, to differentiate,
-    and each (B, L), from tokens y (B, L).
-
-    softness > 0 is the published curriculum (0.001 in the first half of training): the network sees more than z,
-    softmax(w / softness) instead of argmax w, with w the Gaussian x_t scaled to alpha~^2 + sigma~^2 = 1. That is easier
-    and varies less, but is no bound. It takes the clock, which is not needed otherwise, and (B, L, V) numbers."""
+    and each (B, L), from tokens y (B, L)."""
     E, V, tau = model.embed.weight, model.config.vocab_size, tau.clamp(EDGE, 1 - EDGE)
-    if softness:
-        t = clock.t_of_tau(tau).to(E.dtype)
-        x, _ = mixture(torch.randn(*y.shape, V, generator=random, device=E.device, dtype=E.dtype), y, t)
-        w = x / torch.hypot(t, 1 - t)[:, None, None]                            # (B, L, V)
-        z, state = w.argmax(-1), embed((w / softness).softmax(-1), E)
-    else:
-        z = at(tau, y, V, *path(y, V, random))
-        state = F.embedding(z, E)                                               # (B, L, d)
-    total, losses = sum_by_tokens(bound, model.head, model(state, tau), y[..., None], z[..., None],
+    z = at(tau, y, V, *path(y, V, random))
+    total, losses = sum_by_tokens(bound, model.head, model(F.embedding(z, E), tau), y[..., None], z[..., None],
                                   tau[:, None, None].expand(*y.shape, 1))
     return total / y.numel(), losses[..., 0]
 
@@ -112,16 +100,14 @@ def posterior(D: Tensor, z: Tensor, s: float, t: float) -> Tensor:
 
 @torch.no_grad()
 def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: int, random: torch.Generator,
-           temperature: float = 1.0, greedy: bool = False) -> Tensor:
-    """Tokens (B, L) from uniform ones, in steps of equal length in tau, drawn from q(z_t | z_s, D). `greedy` takes the
-    most likely tokens in the last step, the published greedy tail: better text, less varied."""
+           temperature: float = 1.0) -> Tensor:
+    """Tokens (B, L) from uniform ones, in steps of equal length in tau, drawn from q(z_t | z_s, D), D at a temperature."""
     E, V = model.embed.weight, model.config.vocab_size
     z = torch.randint(V, (B, L), generator=random, device=E.device)
     for i in range(steps):
         def move(hidden, z):
             D = (model.head(hidden).double() / temperature).softmax(-1)
-            p = posterior(D, z, i / steps, (i + 1) / steps)
-            return p.argmax(-1, keepdim=True) if greedy and i == steps - 1 else draw(p, random)
+            return draw(posterior(D, z, i / steps, (i + 1) / steps), random)
         hidden = model(F.embedding(z, E), torch.full((B,), i / steps, device=E.device))
         z = by_tokens(move, model.head, hidden, z[..., None]).squeeze(-1)
     return z

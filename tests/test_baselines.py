@@ -389,24 +389,6 @@ class Recorder(Exact):
         return torch.zeros_like(state)
 
 
-def test_softness_shows_a_softmax_of_the_gaussian():
-    """Almost one-hot, with Duo's law, when softness is small; when large, the Gaussian itself to first order."""
-    y, tau, clock = torch.full((200_000, 1), 1), torch.full((200_000,), 0.3), Clock(V)
-    model = Recorder()
-    _, losses = duo.loss(model, clock, y, tau, generator(), softness=1e-7)
-    z = model.state[:, 0].argmax(-1)
-    assert (model.state.amax(-1) > 0.999).double().mean() > 0.999
-    assert torch.allclose(torch.bincount(z) / len(z), kernel(0.3)[1].float(), atol=0.005)
-    expected = duo.bound(torch.zeros(len(z), V), y, z[:, None], tau[:, None])   # the loss is that of the argmax
-    assert torch.allclose(losses.float(), expected, atol=1e-4)
-    duo.loss(model, clock, y, tau, generator(), softness=1e3)
-    w = 1e3 * (V * model.state[:, 0] - 1)                                       # w less its mean over v
-    t = clock.t_of_tau(torch.tensor(0.3)).item()
-    alpha, sigma = t / math.hypot(t, 1 - t), (1 - t) / math.hypot(t, 1 - t)
-    assert torch.allclose(w.mean(0), alpha * (torch.eye(V)[1].double() - 1 / V), atol=0.01)
-    assert w.var(0).mean().item() == pytest.approx(sigma ** 2 * (1 - 1 / V), rel=0.02)
-
-
 # ---------------------------------------------------------------- Duo: samplers and distillation
 
 def test_duo_samples_the_language_in_many_steps_and_independent_tokens_in_one():
@@ -416,17 +398,6 @@ def test_duo_samples_the_language_in_many_steps_and_independent_tokens_in_one():
     assert [t[0].item() for t in model.times] == pytest.approx([i / 60 for i in range(60)])
     twice = duo.sample(Exact(own=True), None, 20_000, L, 60, generator())       # own evidence counted twice
     assert distance(twice, JOINT) > 0.03
-
-
-def test_duo_greedy_tail_takes_the_most_likely_in_the_last_step():
-    model = Exact()
-    assert (duo.sample(model, None, 100, L, 1, generator(), greedy=True) == torch.tensor([0, 0])).all()
-    watched = Watched(model)
-    tokens = duo.sample(watched, None, 50, L, 4, generator(), greedy=True)
-    z, tau = watched.asked[-1]
-    D = model(model.embed(z), tau).softmax(-1)
-    bayes = D * kernel(0.75).T[z]                                               # P(y | others) q(z | y)
-    assert torch.equal(tokens, bayes.argmax(-1)) and not torch.equal(tokens, D.argmax(-1))
 
 
 def test_dcd_is_the_divergence_from_the_teacher_further_along_the_path():
