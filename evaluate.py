@@ -24,6 +24,7 @@ import functools
 import importlib
 import json
 import math
+import operator
 import os
 import sys
 from pathlib import Path
@@ -144,10 +145,10 @@ def read_texts(path: str) -> np.ndarray:
     Texts of fewer than L tokens are left out, saying so."""
     try:
         records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
-        rows = [(r.get("tokens") or encoding.encode_ordinary(r["text"]))[:L] for r in records]
+        rows = [list(map(operator.index, r.get("tokens") or encoding.encode_ordinary(r["text"])))[:L] for r in records]
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         common.fail(f"{path} is no .jsonl with a text a line ({type(error).__name__}: {error})")
-    whole = [row for row in rows if len(row) == L and max(row) < V]
+    whole = [row for row in rows if len(row) == L and 0 <= min(row) and max(row) < V]
     if len(whole) < len(rows):
         print(f"{path}: {len(rows) - len(whole)} of {len(rows)} texts have fewer than {L} tokens, or others than the "
               f"dataset, and are left out", file=sys.stderr)
@@ -169,6 +170,10 @@ def measured(value, interval) -> dict:
 
 def mean(values: np.ndarray) -> dict:
     return measured(values.mean(), metrics.bootstrap(values))
+
+
+def share(right: np.ndarray) -> dict:
+    return measured(right.mean(), metrics.wilson(right))
 
 
 def of_all(statistic, tokens: np.ndarray) -> dict:
@@ -193,10 +198,10 @@ def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
                distinct_4=of_all(lambda t: metrics.distinct_ngrams(t, 4), equal),
                rare_256=mean(rare_shares(tokens)),
                rare_2048=mean(metrics.rare_shares(tokens, training_counts, 2048)),
-               longest_copy=mean(copies), copied=mean(copies >= tokens.shape[1] // 2),
+               longest_copy=mean(copies), copied=share(copies >= tokens.shape[1] // 2),
                different=of_all(metrics.distinct, tokens))
     if held_out.path.parent.name == "palindromes":
-        row["valid"] = mean(metrics.palindromes(tokens))
+        row["valid"] = share(metrics.palindromes(tokens))
     scored = {}
     for scorer_name, score in readers.items():
         read = slice(None if scorer_name.endswith(".pt") else scorer_samples or None)
@@ -268,6 +273,8 @@ held_out, training = (Data(dataset, split, L, seed) for split in ("val", "train"
 for checkpoint in checkpoints.values():
     storage.require_same_vocabulary(checkpoint, held_out)
 V, encoding = held_out.meta["vocab_size"], storage.tokenizer.from_dict(held_out.tokenizer)
+if num_samples and (L < 4 or held_out.n_rows < 2):
+    common.fail(f"texts of {L} tokens cannot be judged: {'they need 4' if L < 4 else 'too few are held out'}; see block_size")
 held_out_tokens = held_out.rows(0, min(held_out.n_rows, num_samples or held_out.n_rows))
 packed = held_out.meta["row_length"]
 training_rows = np.asarray(training.tokens[:copies_from // (packed or 1) * (packed or 1)]).reshape(-1, packed or 1)

@@ -223,6 +223,10 @@ def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypa
     (["evaluate.py", "--noise_scales=1,-1"], "noise_scales=1,-1: expected positive numbers such as 0.6,0.8,1"),
     (["evaluate.py", "--source=OUT/flm.pt", "--block_size=16"], "texts of 8 and 16 tokens cannot be judged together"),
     (["baselines/distill.py", "--max_iters=4"], "max_iters=4 is less than one step for each of 5 rounds"),
+    (["baselines/distill.py", "--first_step=0.1"], "first_step=0.1 in 5 rounds ends in steps longer than all of time"),
+    (["evaluate.py", "--source=LINES", "--dataset=DATA", "--scorer="], "LINES is no .jsonl with a text a line (TypeError: "),
+    (["evaluate.py", "--source=x.jsonl", "--dataset=DATA", "--scorer=", "--block_size=3"], "texts of 3 tokens cannot be judged"),
+    (["evaluate.py", "--source=x.jsonl", "--dataset=DATA", "--scorer=", "--block_size=390"], "too few are held out"),
     (["baselines/distill.py", "--optimizer=adam"], "optimizer=adam: choose adamw, muon"),
     (["evidence.py", "--report", "--results=nowhere"], "no measurements in nowhere; leave out --report"),
     (["sample.py", "--init_from=OUT/mdlm.pt"], "is a baseline (mdlm), which sample.py would read as a flow; evaluate.py"),
@@ -233,7 +237,10 @@ def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypa
 ])
 def test_mistakes(words, complaint, trained, monkeypatch):
     out, data, _ = trained
-    words = [word.replace("OUT", str(out)).replace("DATA", str(data)) for word in words]
+    lines = out / "lines.jsonl"
+    lines.write_text('{"tokens": ["a", "b"]}\n')
+    words = [word.replace("OUT", str(out)).replace("DATA", str(data)).replace("LINES", str(lines)) for word in words]
+    complaint = complaint.replace("LINES", str(lines))
     assert complaint in mistake(monkeypatch, *words)
 
 

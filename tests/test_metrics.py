@@ -210,6 +210,16 @@ def test_bootstrap_is_a_function_of_its_seed_and_draws_every_sample():
     assert metrics.bootstrap(values, lambda drawn: drawn.max(-1))[1] == 19
 
 
+def test_wilson_ends_where_the_share_would_be_196_deviations_off():
+    for right, n in ((0, 50), (3, 50), (50, 50), (1999, 2000)):
+        share = right / n
+        low, high = metrics.wilson(np.arange(n) < right)
+        assert 0 <= low <= share <= high <= 1
+        for end in {low, high} - {0.0, 1.0}:
+            assert abs(end - share) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5)
+    assert metrics.wilson(np.ones(2000))[0] == pytest.approx(0.9981, abs=1e-4)
+
+
 def test_bootstrap_of_perplexity():
     """A sample's loss and tokens are drawn together: where they are in proportion, every resample gives the same. Else
     the deviation of the log is that of the residuals, sd(loss - log_ppl tokens) / (mean tokens sqrt n)."""
