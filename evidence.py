@@ -5,14 +5,15 @@
     python evidence.py --report                             # no runs: table, figures and README from results/ as they are
     python evidence.py --results=mine --readme=mine.md      # all of it anew, beside ours
 
-It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What
-is finished is never run again: a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be
-stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end,
-of further ones by factors of two (4,096 byte pairs: those of 1,024): by validation loss after a part of the steps, or,
-for distilled models, by what they are for at their headline number of steps after the same part of the distillation. So
-short, the objectives of distillation are compared, too. Over its whole length distillation may want a lower rate, so half
-of it is tried as well; and where the short run was better than both, it is what is shown. One flow map is distilled for four
-times as long, at the rate of the whole.
+It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What is
+finished is never run again: a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be
+stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end, of
+further ones by factors of two (4,096 byte pairs: those of 1,024): by validation loss after a part of the steps, or, for
+distilled models, by what they are for at their headline number of steps after the same part of the distillation. So short,
+the objectives of distillation are compared, too, with the published settings, our own having been found for one of them,
+and on a flow with the published time scale, since two of them differentiate in time. Over its whole length distillation
+may want a lower rate, so half of it is tried as well; and where the short run was better than both, it is what is shown.
+One flow map is distilled for four times as long, at the rate of the whole.
 """
 
 import json
@@ -40,8 +41,13 @@ settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_in(settings, "[1, inf)", "seeds")
 
-TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", "clock0", "clock1")
-TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "lsd": "flm", "esd": "flm", "self": "flm"}
+TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", "clock0", "clock1", "flm_published")
+TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "self": "flm", "psd_published": "flm_published",
+           "lsd_published": "flm_published", "esd_published": "flm_published"}
+LIKE_FLM = {"dense": [], "clock0": ["--clock_embedding_share=0"], "clock1": ["--clock_embedding_share=1"],
+            "flm_published": ["--time_scale=1"]}                                # of its rate, and with these words
+PUBLISHED = ["--diagonal_share=0.5", "--full_jump_share=0.03125", "--full_jump_ramp=false", "--split=0.5",
+             "--teacher_temperature=1"]
 RATES = (1e-3, 2e-3, 4e-3)
 SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false")}                   # other ways to judge a model of this list
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               # important ones first
@@ -100,21 +106,22 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     part = {1: "", about["tuning"]: "-tuning", LONG: "-long"}.get(share, "-equal-time")
     folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
     path = folder / f"{name}.pt"
-    if name.startswith("clock") or TEACHER.get(name) == "flm":
-        path = folder / name / ("flm.pt" if name.startswith("clock") else "fmlm.pt")
-    teacher = model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[0] if name in TEACHER else None
+    if LIKE_FLM.get(name) or name in TEACHER and name not in ("sdtt", "dcd"):
+        path = folder / name / ("flm.pt" if name in LIKE_FLM else "fmlm.pt")
+    teacher = teacher_of(name, dataset, seed)[0] if name in TEACHER else None
     words = [f"--out_dir={path.parent}", f"--dataset={dataset}", f"--learning_rate={rate}", f"--seed={seed}",
              f"--max_iters={int((about['distill_iters'] if teacher else about['iters']) * share)}"]
     if name in TRAINED:
         clean = [f"--position_std={about['position_std']}"] if name in ("ar", "mdlm", "duo") else []
-        method = ["--method=flm", f"--clock_embedding_share={name[5:]}"] if name.startswith("clock") else [f"--method={name}"]
+        method = ["--method=flm", *LIKE_FLM[name]] if LIKE_FLM.get(name) else [f"--method={name}"]
         words = ["train.py", f"config/{about['config']}.py", *method, *about["shape"], *clean, *words]
     elif name in ("sdtt", "dcd"):
         words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
                  f"--optimizer={about['optimizer']}", *words]
     else:
         alone = ["--objective=psd", "--self_distill", "--teacher_temperature=1"]
-        objective = alone if name == "self" else [f"--objective={name}"]
+        objective = [f"--objective={name[:3]}", *(PUBLISHED if name.endswith("published") else ())]
+        objective = alone if name == "self" else objective
         words = ["distill.py", f"config/distill_{about['config']}.py", *objective, f"--teacher={teacher}", *words]
     about_run = path.with_suffix(".run.json")
     record = read(about_run) or dict(words=words, seconds=0.0, finished=False)
@@ -129,6 +136,12 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
             record["seconds"] += core_seconds() - start
             write(about_run, record)
     return path, record
+
+
+def teacher_of(name: str, dataset: str, seed: int) -> tuple[Path, dict]:
+    """As `model`, of what a distilled model is distilled from."""
+    teacher = TEACHER[name]
+    return model(teacher, dataset, seed, best_rate("flm" if teacher in LIKE_FLM else teacher, dataset))
 
 
 def attempt(key: str, name: str, dataset: str, rate: float, share: float) -> float:
@@ -194,14 +207,14 @@ def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool =
 
 
 def run_of(label: str, dataset: str) -> tuple[float, float]:
-    """Learning rate and share of the steps of a row. `dense` has the expected loss of `flm`, and the clocks are to be compared
-    at the same rate: all as `flm`."""
+    """Learning rate and share of the steps of a row. `dense` has the expected loss of `flm`, and clocks and time scales are to
+    be compared at the same rate: all as `flm`."""
     name, _, length = label.partition("-")
     if length == "short":
         return best_rate(name, dataset), SETS[dataset]["tuning"]
     if length == "long":
         return best_run(name, dataset)[0], LONG
-    rate, share = best_run("flm" if name == "dense" or name in (*CLOCKS, *SAMPLERS) else name, dataset)
+    rate, share = best_run("flm" if name in (*LIKE_FLM, *SAMPLERS) else name, dataset)
     return rate, share * equal_time(dataset, name) if length == "equal" else share
 
 
@@ -242,7 +255,7 @@ def measure(dataset: str) -> None:
         record = evaluate(checkpoint, dataset, steps, more=more)
         seconds, loss = training["seconds"], {}
         if name in TEACHER:
-            seconds += model(TEACHER[name], dataset, seed, best_rate(TEACHER[name], dataset))[1]["seconds"]
+            seconds += teacher_of(name, dataset, seed)[1]["seconds"]
         else:
             loss = dict(val_loss=storage.read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"])
         write(out, record | dict(seconds=seconds, learning_rate=rate, share=share) | loss)

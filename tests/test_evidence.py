@@ -1,6 +1,7 @@
 """python -m pytest tests/test_evidence.py
 
-evidence.py, with the programs it starts replaced by one that writes what they would; and report.py on measurements made up here.
+evidence.py, with the programs it starts replaced by one that writes what they would; report.py, on measurements made up
+here.
 """
 
 import json
@@ -16,6 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 from programs import ROOT, quick_run
+
+from report import SHORT
 
 
 def measurement(steps, valid, high, seconds=10.0):
@@ -43,7 +46,7 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
     folder = tmp_path / "results" / "palindromes"
     folder.mkdir(parents=True)
     taken = {"flm": 3, "mdlm": 2, "duo": 4, "psd": 22, "sdtt": 12, "dcd": 9}
-    rest = ("ar", "gamma", "psd-long", "psd-short", "lsd-short", "esd-short", "self-short", "mse", "noclock", "dense")
+    rest = ("ar", "gamma", "psd-long", *SHORT, "mse", "noclock", "dense")
     for name, seconds in (taken | dict.fromkeys(rest, 1)).items():
         (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds)))
     rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
@@ -70,8 +73,8 @@ def test_the_report_says_what_was_measured(tmp_path):
     folder.mkdir(parents=True)
     for name, numbers in {"flm-seed1": (128, 0.94, 0.96), "mdlm-seed1": (128, 0.9, 0.91), "duo-seed1": (128, 0.95, 0.96),
                           "psd-seed1": (1, 0.5, 0.51), "psd-seed2": (1, 0.7, 0.71), "sdtt-seed1": (8, 0.8, 0.81),
-                          "dcd-seed1": (8, 0.4, 0.41), "psd-short-seed1": (1, 0.6, 0.63), "esd-short-seed1": (1, 0.55, 0.6),
-                          "lsd-short-seed1": (1, 0.2, 0.21)}.items():
+                          "dcd-seed1": (8, 0.4, 0.41), "psd_published-short-seed1": (1, 0.6, 0.63), "esd_published-short-seed1": (1, 0.55, 0.6),
+                          "lsd_published-short-seed1": (1, 0.2, 0.21)}.items():
         (folder / f"{name}.json").write_text(json.dumps(measurement(*numbers)))
     at_one = measurement(128, 0.1, 0.12)                                        # a worse temperature, which comes first
     at_one["rows"].append(measurement(128, 0.9, 0.91)["rows"][1])
@@ -213,9 +216,9 @@ def test_whole_distillations_try_half_the_rate_and_short_ones_may_win(tmp_path, 
 
 def test_where_no_rate_reaches_the_entropy_the_nearest_is_taken(tmp_path, monkeypatch):
     run_evidence(tmp_path, monkeypatch, Programs(tmp_path, reached=False), "--sets=pydocs", "--seeds=1")
-    rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["lsd"]
+    rates = json.loads((tmp_path / "results" / "pydocs" / "rates.json").read_text())["lsd_published"]
     assert rates == {"0.001": pytest.approx(1e9 * 2.001), "0.002": pytest.approx(1e9 * 2), "0.004": math.inf}
-    assert "| FMLM, LSD, short | entropy not reached | entropy not reached | " in (tmp_path / "mine.md").read_text()
+    assert "| FMLM, LSD, short, published settings | entropy not reached | entropy not reached | " in (tmp_path / "mine.md").read_text()
 
 
 def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
@@ -246,12 +249,12 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     go()
     once = len(programs.started)
     measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
-    assert len(measured) == 16 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
-    # three rates of twelve methods (dense takes flm's), then 10 + 6 + 4 models, the short ones being those of the best rate,
-    # half the rate for three whole distillations, and a long one; evaluations: two rates of six distilled ones, and of three
+    assert len(measured) == 17 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
+    # three rates of 13 methods (dense and flm_published take flm's), then 11 + 6 + 4 models, the short ones being those of the best rate,
+    # half the rate for three whole distillations, and a long one; evaluations: two rates of seven distilled ones, and of three
     # of them whole, every model, and the flow of each of two seeds by another sampler
-    assert programs.started.count("evaluate.py") == 12 + 6 + 25 + 2
-    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 36 + 3 + 20
+    assert programs.started.count("evaluate.py") == 14 + 6 + 26 + 2
+    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 39 + 3 + 21
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
     assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
     assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002
