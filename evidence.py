@@ -6,14 +6,15 @@
     python evidence.py --results=mine --readme=mine.md      # all of it anew, beside ours
 
 It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What is
-finished is never run again: a measurement is a file in results/<set>/, a model a checkpoint in `work`; so it can be
-stopped at any time. The learning rate of every method is the best of the same three, and, where the best is at an end, of
-further ones by factors of two (4,096 byte pairs: those of 1,024): by validation loss after a part of the steps, or, for
-distilled models, by what they are for at their headline number of steps after the same part of the distillation. So short,
-the objectives of distillation are compared, too, with the published settings, our own having been found for one of them,
-and on a flow with the published time scale, since two of them differentiate in time. Over its whole length distillation
-may want a lower rate, so half of it is tried as well; and where the short run was better than both, it is what is shown.
-One flow map is distilled for four times as long, at the rate of the whole.
+finished is never run again: a measurement is a file in results/<set>/ (made anew where it was made with other settings), a
+model a checkpoint in `work`; so it can be stopped at any time. The learning rate of every method is the best of the same
+three, and, where the best is at an end, of further ones by factors of two (4,096 byte pairs: those of 1,024): by
+validation loss after a part of the steps, or, for distilled models, by what they are for at their headline number of steps
+after the same part of the distillation. The objectives of distillation are compared after that part: with the published
+mix of times, since ours was found for one of them, and on a flow with the published time scale, since two of them
+differentiate in time. Over its whole length distillation may want a lower rate, so half of it is tried as well; and where
+the short run was better than both, it is what is shown. One flow map is distilled for four times as long, at the rate of
+the whole.
 """
 
 import json
@@ -49,7 +50,7 @@ LIKE_FLM = {"dense": [], "clock0": ["--clock_embedding_share=0"], "clock1": ["--
 PUBLISHED = ["--diagonal_share=0.5", "--full_jump_share=0.03125", "--full_jump_ramp=false", "--split=0.5",
              "--teacher_temperature=1"]
 RATES = (1e-3, 2e-3, 4e-3)
-SAMPLERS = {"gamma": ("flm", "--gamma=0.9", "--bound=false")}                   # other ways to judge a model of this list
+SAMPLERS = {"gamma": ("flm", "--gamma=0.9")}            # other ways to judge a model of this list
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]               # important ones first
 LONG = 4                         # times the steps of psd has psd-long: what the map comes to with time
 ABLATIONS = [*SHORT, "mse", "noclock", "dense", "psd-long"]
@@ -194,6 +195,16 @@ def badness(name: str, dataset: str, checkpoint: Path) -> float:
     return 1e9 * (1 + min(abs(entropy - held_out) for entropy in entropies))
 
 
+def judging_words(dataset: str) -> list[str]:
+    return [f"--num_samples={SETS[dataset]['samples']}", *SETS[dataset]["judging"]]
+
+
+def judged_so(record: dict, words: list[str]) -> bool:
+    """Whether a measurement is there and was made with these words for evaluate.py."""
+    asked = dict(word[2:].split("=") for word in words)
+    return bool(record) and all(str(record["settings"][key]).lower() == value for key, value in asked.items())
+
+
 def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool = False, more: tuple = ()) -> dict:
     """What evaluate.py finds. Text is judged by our own autoregressive model, then by `scorer`."""
     judges, out = [], checkpoint.with_suffix(".judged.json")
@@ -201,7 +212,7 @@ def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool =
         judges = [str(model("ar", dataset, 1, best_rate("ar", dataset))[0]), *([scorer] if scorer and not ours_only else [])]
     log = checkpoint.with_suffix(".judged.log")
     require(run(log, "evaluate.py", f"--source={checkpoint}", f"--dataset={dataset}", f"--steps={steps}",
-                f"--num_samples={SETS[dataset]['samples']}", *SETS[dataset]["judging"], *more,
+                *judging_words(dataset), *more,
                 f"--scorer={','.join(judges)}", f"--bound={not ours_only}", f"--out={out}"), log)
     return read(out)
 
@@ -244,11 +255,11 @@ def measure(dataset: str) -> None:
     order += [(name, seed) for seed in range(2, seeds + 1) for name in HEADLINE if name in first]
     for name, seed in order:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
-        if out.exists():
-            continue
-        rate, share = run_of(name, dataset)
         label, (name, _, length) = name, name.partition("-")
         trained, *more = SAMPLERS.get(name, (name,))
+        if judged_so(read(out), [*judging_words(dataset), *more]):
+            continue
+        rate, share = run_of(label, dataset)
         checkpoint, training = model(trained, dataset, seed, rate, share)
         require(training["finished"], checkpoint.with_suffix(".log"))
         steps = HEADLINE[name] if length == "equal" else steps_of(label, seed, first)

@@ -21,9 +21,9 @@ HEADLINE = {"flm": 128, "gamma": 128, "mdlm": 128, "duo": 128, "psd": 1, "sdtt":
 SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "dcd": "DCD", "flm": "FLM",
          "gamma": "FLM, gamma 0.9", "psd": "FMLM, PSD", "psd-long": "FMLM, PSD, four times as long",
          "psd-short": "FMLM, PSD, short", "self-short": "FMLM, PSD without a teacher, short",
-         "psd_published-short": "FMLM, PSD, short, published settings",
-         "lsd_published-short": "FMLM, LSD, short, published settings",
-         "esd_published-short": "FMLM, ESD, short, published settings",
+         "psd_published-short": "FMLM, PSD, short, published mix",
+         "lsd_published-short": "FMLM, LSD, short, published mix",
+         "esd_published-short": "FMLM, ESD, short, published mix",
          "mse": "FLM, squared error", "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 CLOCKS = {"clock0": "published: reads V coordinates", "flm": "mean of both", "clock1": "reads d coordinates"}
 SHORT = ("psd-short", "self-short", *(f"{name}_published-short" for name in ("psd", "lsd", "esd")))  # as where rates are chosen

@@ -86,7 +86,7 @@ GROUP = 8  # texts in a network call, always, so that a text is the same however
            # matrix products round differently, and in bfloat16 now and then another token wins
 
 runs = [(n, not is_map) for n in wanted] + ([(flow_steps, True)] if flow_steps else [])
-records = []
+records, said = [], []
 for n_steps, with_flow in runs:
     rows, start = [], time.perf_counter()
     with machine.autocast():  # one for all groups: it casts every weight once
@@ -94,17 +94,17 @@ for n_steps, with_flow in runs:
             rows += generate(range(first, first + GROUP), n_steps, with_flow)
     seconds = (time.perf_counter() - start) / len(rows)
     name = "FLM" if with_flow else "FMLM"
-    print(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups "
-          f"of {GROUP}")
+    said.append(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and {seconds * 1000:.1f} ms a sample, in groups "
+                f"of {GROUP}")
     records += [dict(sample=i + 1, model=name, steps=n_steps, text=encoding.decode(row), tokens=row, seed=seed, gamma=gamma,
                      temperature=temperature, noise_scale=noise_scale)
                 for i, row in enumerate(rows[:num_samples])]
 
 if out:
     storage.write_lines(Path(out), records)
+    said.append(f"wrote {len(records)} samples to {out}")
 try:
-    if out:
-        print(f"wrote {len(records)} samples to {out}")
+    print(*said, sep="\n")
     for i in range(1, num_samples + 1):  # the same noise side by side
         print(f"\n==== sample {i}")
         for record in records:

@@ -35,6 +35,11 @@ def require_trainable(settings: dict) -> None:
     require_in(settings, "(0, inf)", "learning_rate")
     require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed")
     require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay", "dropout")
+    require_falling(settings)
+
+
+def require_falling(settings: dict) -> None:
+    """Exits when the learning rate would rise along its cosine."""
     if settings["schedule"] == "cosine" and settings["min_lr"] > settings["learning_rate"]:
         fail(f"the cosine would rise from learning_rate={settings['learning_rate']} to min_lr={settings['min_lr']}; lower "
              f"min_lr, or set schedule=constant")

@@ -15,8 +15,6 @@ import importlib
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (after the path)
 import storage  # noqa: E402
@@ -59,6 +57,7 @@ common.require_in(settings, "(0, 1)", "first_step")
 common.require_in(settings, "(0, inf)", "learning_rate")
 common.require_in(settings, "[0, inf)", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed")
 common.require_in(settings, "[0, 1)", "beta1", "beta2", "ema_decay")
+training.require_falling(settings)
 if max_iters < rounds:
     common.fail(f"max_iters={max_iters} is less than one step for each of {rounds} rounds")
 if first_step * 2 ** (rounds - 1) > 1:

@@ -14,9 +14,10 @@ HERE = Path(__file__).parent
 
 
 def folder_of(dataset: str) -> Path:
-    """data/<dataset>; or, where that is not prepared, a folder of this name elsewhere, if there is one."""
+    """data/<dataset>; or else a folder, where one is named: a path, or a name that is not prepared in data/."""
     here = HERE / dataset
-    return Path(dataset) if os.path.isdir(dataset) and not os.path.isfile(here / "meta.json") else here
+    elsewhere = os.path.isdir(dataset) and (os.sep in dataset or not os.path.isfile(here / "meta.json"))
+    return Path(dataset) if elsewhere else here
 
 
 class Data:

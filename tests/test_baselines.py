@@ -381,14 +381,6 @@ def test_duo_loss_is_differentiable_and_finite_to_the_ends_of_time_in_float32():
     assert torch.allclose(ours, plain, rtol=1e-3, atol=1e-5)
 
 
-class Recorder(Exact):
-    """Guesses all tokens alike, and keeps the states it is shown."""
-
-    def __call__(self, state, tau):
-        self.state = state
-        return torch.zeros_like(state)
-
-
 # ---------------------------------------------------------------- Duo: samplers and distillation
 
 def test_duo_samples_the_language_in_many_steps_and_independent_tokens_in_one():

@@ -107,12 +107,17 @@ def test_a_process_that_ends_takes_the_others_along(toy, tmp_path):
     assert not (tmp_path / "out" / "flm.pt").exists()
 
 
+def wait_for_steps(running, path):
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert running.running()
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_takes_the_others_along(toy, rank, tmp_path):
     running = Fork("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1000000", "--log_interval=1",
                    "--eval_interval=1000000", "--gradient_accumulation_steps=2", processes=2)
-    while not (tmp_path / "flm.jsonl").exists() or not (tmp_path / "flm.jsonl").read_text().count("\n") > 2:
-        time.sleep(0.01)
+    wait_for_steps(running, tmp_path / "flm.jsonl")
     os.kill(running.processes[rank].pid, signal.SIGKILL)
     start = time.monotonic()
     statuses, _, said = running.end()
@@ -164,8 +169,7 @@ def test_all_stay_until_an_interrupted_run_is_written(toy, tmp_path):
                                         "_storage.save_checkpoint = lambda *rest: (_time.sleep(1), _save(*rest))\n")
     running = Fork("train.py", tmp_path / "config.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1000000",
                    "--log_interval=1", "--eval_interval=1000000", "--gradient_accumulation_steps=2", processes=2)
-    while not (tmp_path / "flm.jsonl").exists() or not (tmp_path / "flm.jsonl").read_text().count("\n") > 2:
-        time.sleep(0.01)
+    wait_for_steps(running, tmp_path / "flm.jsonl")
     os.kill(running.processes[1].pid, signal.SIGTERM)
     running.processes[1].join(60)
     assert (tmp_path / "flm.pt").exists()
