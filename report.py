@@ -303,6 +303,7 @@ def draw(folder: Path) -> None:
     left.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=what)
     left.set_xticks(STEPS, STEPS)
     right.set(yscale=scale, xlabel="entropy of a sample, nats (line: held-out text)", ylabel=what)
-    left.legend(fontsize=7)
+    if left.get_legend_handles_labels()[0]:
+        left.legend(fontsize=7)
     figure.tight_layout()
     storage.replace_file(folder.with_suffix(".png"), lambda file: figure.savefig(file, dpi=110, format="png"))
