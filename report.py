@@ -27,6 +27,7 @@ SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "
          "mse": "FLM, squared error", "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 CLOCKS = {"clock0": "published: reads V coordinates", "flm": "mean of both", "clock1": "reads d coordinates"}
 SHORT = ("psd-short", "self-short", *(f"{name}_published-short" for name in ("psd", "lsd", "esd")))  # as where rates are chosen
+DIFFERENT, UNEVEN = 0.95, 0.1    # of puzzles: the share of different texts at least, the KL of the letters in nats at most
 EQUAL_TIME = {"mdlm": "flm", "duo": "flm", "sdtt": "psd", "dcd": "psd"}    # also trained for as many seconds as theirs
 
 
@@ -48,9 +49,11 @@ def is_puzzle(record: dict) -> bool:
 
 
 def best_row(record: dict, steps: int) -> dict | None:
-    """Of a puzzle the row at these steps, at whatever temperature, with the most valid texts."""
+    """Of a puzzle the row at these steps, at whatever temperature, with the most valid texts; of those, if there are such,
+    that neither repeat texts nor neglect letters, which would make it easy."""
     rows = [row for row in record["rows"] if row.get("steps") == steps]
-    return max(rows, key=lambda row: row["valid"]["value"], default=None)
+    varied = [row for row in rows if row["different"]["value"] >= DIFFERENT and row["unigram_kl"]["value"] <= UNEVEN]
+    return max(varied or rows, key=lambda row: row["valid"]["value"], default=None)
 
 
 def score(record: dict, steps: int) -> dict | None:
@@ -114,8 +117,8 @@ def entry(folder: Path, name: str, steps: int) -> str:
         rows = [best_row(r, steps) for r in records]
         different = min(row["different"]["value"] for row in rows)
         uneven = max(row["unigram_kl"]["value"] for row in rows)
-        same = f", {different:.2f} different" if different < 0.95 else ""
-        neglect = f", letters off by {uneven:.2f} nats" if uneven > 0.1 else ""
+        same = f", {different:.2f} different" if different < DIFFERENT else ""
+        neglect = f", letters off by {uneven:.2f} nats" if uneven > UNEVEN else ""
     return f"{statistics.mean(values):{form}} ± {error:{form}}{few}{same}{neglect}"
 
 

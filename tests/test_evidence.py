@@ -79,6 +79,7 @@ def test_the_report_says_what_was_measured(tmp_path):
         (folder / f"{name}.json").write_text(json.dumps(measurement(*numbers)))
     at_one = measurement(128, 0.1, 0.12)                                        # a worse temperature, which comes first
     at_one["rows"].append(measurement(128, 0.9, 0.91)["rows"][1])
+    at_one["rows"].append(measurement(128, 0.99, 0.995)["rows"][1] | dict(unigram_kl=dict(value=0.2)))  # of few letters
     (folder / "mdlm-seed1.json").write_text(json.dumps(at_one))
     readme = tmp_path / "README.md"
     readme.write_text("before <!-- from here on written by evidence.py -->stale<!-- up to here --> after")
