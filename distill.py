@@ -37,7 +37,8 @@ eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
-objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian)
+objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian); the last two differentiate in time, and
+                                 # want an FLM trained with time_scale = 1
 self_distill = False             # no teacher: the diagonal learns from the data
 teacher_temperature = 1.0        # above 1 the teacher's guesses are softer: a map's texts are less varied than its flow's
 diagonal_share = 0.5             # of every batch; the rest learns jumps
