@@ -303,8 +303,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 def lock(path: Path):
-    """An open file that no other process can lock until this one ends, however it ends. None on Windows, and, saying so,
-    where the file system knows no locks."""
+    """An open file that no other process can lock until this one ends, however it ends. None on Windows. Where the file
+    system knows no locks it is not locked, which is said."""
     try:
         import fcntl
     except ImportError:

@@ -4,6 +4,7 @@ The data folder: tokenizers, packing, what a prepared set holds, and what a user
 mistakes say.  Offline; nothing is written outside pytest's temporary folder.
 """
 
+import http.client
 import importlib.util
 import json
 import os
@@ -23,7 +24,7 @@ import tiktoken
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import corpus, tokenizer
+from data import corpus, loader, tokenizer
 
 TEXT = "the cat sat on the mat; the cat's hat, naïve façade: 12 cats\n\n  and 345 hats.\n" * 3
 
@@ -354,6 +355,29 @@ def test_shakespeare_without_a_network(monkeypatch):
     with pytest.raises(SystemExit) as error:
         shakespeare.download("http://x/y")
     assert error.value.code == "error: cannot download http://x/y (no route); give a local copy with --file"
+
+
+def test_a_download_cut_short_is_one_line(monkeypatch):
+    def cut(*_, **__):
+        raise http.client.IncompleteRead(b"12345", 99_995)
+    shakespeare = script("shakespeare_char")
+    monkeypatch.setattr("urllib.request.urlopen", cut)
+    with pytest.raises(SystemExit, match=r"error: cannot download http://x/y \(IncompleteRead\(5 bytes read, 99995 more"):
+        shakespeare.download("http://x/y")
+
+
+def test_a_set_is_found_by_name_before_a_folder_and_by_path_always(tmp_path, monkeypatch):
+    """A run's out_dir of the name of a set does not hide it."""
+    monkeypatch.setattr(loader, "HERE", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums").mkdir()
+    assert loader.folder_of("nowhere") == tmp_path / "data" / "nowhere"
+    assert loader.folder_of("sums") == Path("sums")                             # nothing is prepared in data/ yet
+    (tmp_path / "data" / "sums").mkdir(parents=True)
+    (tmp_path / "data" / "sums" / "meta.json").touch()
+    assert loader.folder_of("sums") == tmp_path / "data" / "sums"
+    for path in ("./sums", str(tmp_path / "sums")):
+        assert loader.folder_of(path).samefile(tmp_path / "sums")
 
 
 # The packed sets

@@ -212,6 +212,15 @@ def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypa
     assert all(same(whole[key], parts[key]) for key in ("model", "ema", "optimizers"))
 
 
+def test_a_discrete_distillation_that_diverges_says_where(trained, tmp_path):
+    out, data, _ = trained
+    said = quick_run("baselines/distill.py", f"--dataset={data}", f"--out_dir={tmp_path}", "--device=cpu", "--dtype=float32",
+                     f"--teacher={out / 'mdlm.pt'}", "--learning_rate=1e30", "--rounds=1", "--max_iters=20", "--log_interval=5",
+                     "--warmup_iters=0", "--batch_size=8", status=1)
+    assert "error: the loss is not a finite number at step 2, first for a text at tau = " in said
+    assert not (tmp_path / "sdtt.pt").exists()
+
+
 @pytest.mark.parametrize("words, complaint", [
     (["evaluate.py", "--source=nowhere.pt"], "no checkpoint nowhere.pt"),
     (["evaluate.py", "--source=nowhere.jsonl", "--dataset=DATA", "--scorer="], "nowhere.jsonl is no .jsonl with a text"),
@@ -227,6 +236,7 @@ def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypa
     (["evaluate.py", "--source=LINES", "--dataset=DATA", "--scorer="], "LINES is no .jsonl with a text a line (TypeError: "),
     (["evaluate.py", "--source=x.jsonl", "--dataset=DATA", "--scorer=", "--block_size=3"], "texts of 3 tokens cannot be judged"),
     (["evaluate.py", "--source=x.jsonl", "--dataset=DATA", "--scorer=", "--block_size=390"], "too few are held out"),
+    (["baselines/distill.py", "--learning_rate=1e-6"], "the cosine would rise from learning_rate=1e-06 to min_lr=2e-05"),
     (["baselines/distill.py", "--optimizer=adam"], "optimizer=adam: choose adamw, muon"),
     (["evidence.py", "--report", "--results=nowhere"], "no measurements in nowhere; leave out --report"),
     (["sample.py", "--init_from=OUT/mdlm.pt"], "is a baseline (mdlm), which sample.py would read as a flow; evaluate.py"),

@@ -4,6 +4,7 @@ Nothing a user does loses work. A run that is killed at any moment, interrupted,
 its last checkpoint to the very bits of a run that was left alone: weights, moving average, optimizer state and log.
 """
 
+import errno
 import os
 import random
 import signal
@@ -172,6 +173,27 @@ def test_one_run_at_a_time(toy, tmp_path):
     running.signal(signal.SIGKILL)
     running.end()
     assert said == f"error: another run is writing to {tmp_path}; wait for it, or choose another out_dir"
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="this system has no such locks")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert storage.lock(tmp_path / "flm.lock") is not None
+    assert f"cannot be locked (No locks available): start no second run in {tmp_path}" in capsys.readouterr().err
+    (tmp_path / "folder.lock").mkdir()
+    with pytest.raises(SystemExit, match="error: cannot write .*folder.lock"):
+        storage.lock(tmp_path / "folder.lock")
+
+
+def test_a_run_goes_on_in_another_arithmetic(toy, tmp_path):
+    """From float32, which has no loss scale, to float16, which begins with a fresh one."""
+    (tmp_path / "flm.pt").write_bytes((toy[0] / "out" / "flm.pt").read_bytes())
+    assert torch.load(tmp_path / "flm.pt")["scaler"] == {}
+    quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=8", "--dtype=float16")
+    assert torch.load(tmp_path / "flm.pt")["step"] == 8 and torch.load(tmp_path / "flm.pt")["scaler"]["scale"] > 0
 
 
 def test_changed_settings_are_told_or_refused(toy, tmp_path):
