@@ -202,7 +202,7 @@ def judging_words(dataset: str) -> list[str]:
 def judged_so(record: dict, words: list[str]) -> bool:
     """Whether a measurement is there and was made with these words for evaluate.py."""
     asked = dict(word[2:].split("=") for word in words)
-    return bool(record) and all(str(record["settings"][key]).lower() == value for key, value in asked.items())
+    return bool(record) and all(str(record["settings"].get(key)).lower() == value for key, value in asked.items())
 
 
 def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool = False, more: tuple = ()) -> dict:
