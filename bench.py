@@ -141,7 +141,7 @@ def training_step(path, machine):
     if distilling:
         teacher = network(machine).eval()
         teacher = common.compiled(teacher, machine) if compile else teacher
-        fixed = noise_factor(E, n_embd)
+        fixed = noise_factor(E)
     count = itertools.count()
 
     def step():
@@ -177,7 +177,7 @@ def sampling_step(path, machine):
     model = network(machine, flow_map=True).eval()
     model = common.compiled(model, machine) if compile else model
     clock, E = Clock(vocab_size, device=machine.device), model.embed.weight.detach()
-    factor, count = noise_factor(E, n_embd), itertools.count()
+    factor, count = noise_factor(E), itertools.count()
 
     def step():
         z0 = latent_noise(E, factor, common.sample_normals(next(count), range(batch_size), block_size, machine.device))

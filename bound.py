@@ -46,7 +46,7 @@ class Bound(NamedTuple):
 def whiten(E: Tensor) -> Tensor:
     """E~ = E (E^T E)^(-1/2), (V, d), float32 or better: E~^T E~ is the projection on the row space of E.
 
-    |e~_v|^2 in [0, 1] is the leverage of token v; all together sum to the rank of E. E^T E is singular for V <= d: what
+    |e~_v|^2 in [0, 1] is the leverage of token v; all together sum to the rank of E. E^T E is singular for V < d: what
     float64 cannot tell from zero is left out. Computed on the CPU, since not every device has float64.
     """
     wide = E.detach().cpu().double()
@@ -101,7 +101,7 @@ def likelihood_bound(model: Callable, clock: Clock, y: Tensor, random: torch.Gen
     """An estimate of the bound for each text of y (B, L), from points + 1 network evaluations.
 
     The integral is over u = log(1 + nu), dnu = (1 + nu) du, which spreads the orders of magnitude of nu evenly and
-    leaves nothing out near 0; each text has a random level in every `points`-th of the interval.
+    leaves nothing out near 0. The interval is cut into `points` equal parts, and each text has a level drawn in each.
 
     nu_max None: at tau = 0.99, where the clock says that nearly all is decoded and past which the network was hardly
     trained. Any other is valid too, unless chosen for giving these texts the smallest bound. E_white: whiten(E), to

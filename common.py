@@ -154,6 +154,14 @@ def keep_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: and none given back
 
 
+def with_float64(device: str) -> str:
+    """The setting `device` of a program that draws tokens, which head.draw does in float64: "auto" passes over Apple GPUs,
+    which have none. Exits for "mps"."""
+    if device == "mps":
+        fail("device=mps: tokens are drawn in float64, which Apple GPUs do not have; use --device=cpu")
+    return "cpu" if device == "auto" and not torch.cuda.is_available() else device
+
+
 class Machine:
     """Where the run happens: device, arithmetic and process group.
 
@@ -261,6 +269,10 @@ def mix(*numbers: int) -> int:
         x = ((x ^ x >> 27) * 0x94D049BB133111EB) & (2 ** 64 - 1)
         x ^= x >> 31
     return x
+
+
+# What random numbers are for, the second number of every seed. What is judged starts from the noise that sample.py draws.
+VAL_TIMES, VAL_NOISE, TIMES, DROPOUT, NOISE, SAMPLE_NOISE, SAMPLE_DRAWS, BOUND_NOISE = 2, 3, 4, 5, 6, 7, 9, 10
 
 
 def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

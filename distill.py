@@ -9,7 +9,7 @@ rest teaches jumps of every length by one of three objectives (flowmap.py), a sm
 noise to text. Teacher and student share the embedding E, frozen, since both must see the same noisy state.
 
 Notable: the default objective needs forward passes only, since two short jumps are the target of a long one; the full
-jump is learned last, from the inside out, and the log shows how far it has come.
+jump is learned last, from the inside out, as the log shows: the loss of jumps by their length.
 """
 
 import copy
@@ -39,14 +39,14 @@ wandb_project = ""               # log there too, if named
 # -- method
 objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian); the last two differentiate in time, and
                                  # want an FLM trained with time_scale = 1
-self_distill = False             # no teacher: the diagonal learns from the data
+self_distill = False             # the diagonal learns from the data, not the teacher; weights and E still start from its
 teacher_temperature = 1.0        # above 1 the teacher's guesses are softer: a map's texts are less varied than its flow's
 diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
 full_jump_ramp = False           # that share grows evenly from 0 to this over the run: the full jump builds on shorter ones
 split = 0.5                      # psd: the two jumps of a target meet at this part of the way, on the clock
 target_ema = False               # compute targets with the moving average instead of the student itself
-dropout = 0.0                    # of the student; the teacher has none here
+dropout = 0.0                    # of the student, also when it makes its own targets; not of its average or the teacher
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps in a step, over all processes: a multiple of their number
@@ -89,7 +89,7 @@ if not 0 <= n_diagonal < batch_size:
 if diagonal_share and not n_diagonal:
     common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for the diagonal")
 if objective == "psd" and not n_diagonal:
-    common.fail("objective=psd learns of the flow on the diagonal alone; set diagonal_share above 0")
+    common.fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")
 if self_distill and teacher_temperature != 1:
     common.fail("self_distill learns from the data, not from a teacher; add --teacher_temperature=1")
 
@@ -124,7 +124,7 @@ training.require_alike(settings, data, step, machine, student, flow)
 
 clock = storage.build_clock(flow.config, clock_embedding_share, machine.device)
 E = student.embed.weight
-factor = noise_factor(E, E.size(1))  # E is frozen: once is enough
+factor = noise_factor(E)  # E is frozen: once is enough
 net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
 log = storage.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
 if machine.main:
@@ -143,8 +143,8 @@ def draw_times(micro_steps: int, full_share: float, random: torch.Generator):
     are stratified over the whole optimizer step."""
     n_jumps = micro_steps * (batch_size - n_diagonal)
     diagonal = stratified(micro_steps * n_diagonal, random).view(micro_steps, -1)
-    length, place, lot = (stratified(n_jumps, random) for _ in range(3))
-    jumps = [tau.view(micro_steps, -1) for tau in off_diagonal_times(length, place, lot < full_share)]
+    length, place, u = (stratified(n_jumps, random) for _ in range(3))
+    jumps = [tau.view(micro_steps, -1) for tau in off_diagonal_times(length, place, u < full_share)]
     return [torch.cat([diagonal, tau], dim=1).float() for tau in jumps]
 
 
@@ -156,17 +156,22 @@ def loss_terms(model, target, y, tau_s, tau_t, z0):
     return loss, losses.mean(1), cut.mean(1)
 
 
+FULL_JUMPS_IN_VALIDATION = 1 / 8  # of the jumps, whatever the share in training: enough for a mean
+
+
 @torch.no_grad()
 def validate() -> tuple[float, list[float | None]]:
     """Of the moving average, on held-out text, nats a token: the loss on the diagonal, then the loss of jumps in tenths
-    of their length on the clock, full jumps among the last. The same texts, times and noise at every call."""
+    of their length on the clock, full jumps among the last. The same texts, times and noise at every call. Targets of
+    jumps are made by the moving average, too: their losses say how well it agrees with itself, not how good it is. Texts
+    of two runs can be compared, these losses cannot."""
     total = torch.zeros(2, 11, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
                         device=machine.device)                                  # losses, counts
-    tau_s, tau_t = draw_times(eval_iters, 1 / 8, common.generator(seed, 2))
+    tau_s, tau_t = draw_times(eval_iters, FULL_JUMPS_IN_VALIDATION, common.generator(seed, common.VAL_TIMES))
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))
         start, end = machine.put(tau_s[i]), machine.put(tau_t[i])
-        _, loss, _ = loss_terms(ema, ema, y, start, end, noise(range(i * batch_size, (i + 1) * batch_size), 3))
+        _, loss, _ = loss_terms(ema, ema, y, start, end, noise(range(i * batch_size, (i + 1) * batch_size), common.VAL_NOISE))
         bins = 1 + ((end - start) * 10).long().clamp_max(9)
         bins[:n_diagonal] = 0
         total.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
@@ -181,7 +186,7 @@ def batch(n: int):
     j = i * machine.world + machine.rank                                        # this micro-step among all processes'
     first = at * sequences + j * batch_size
     share = full_jump_share * (min(1, at / max_iters) if full_jump_ramp else 1)
-    tau_s, tau_t = draw_times(gradient_accumulation_steps, share, common.generator(seed, 4, at))
+    tau_s, tau_t = draw_times(gradient_accumulation_steps, share, common.generator(seed, common.TIMES, at))
     return first, machine.put(data.rows(first, batch_size)), machine.put(tau_s[j]), machine.put(tau_t[j])
 
 
@@ -215,9 +220,9 @@ while True:
     student.train()
     for i in range(local_steps):
         first, y, start, end = coming
-        torch.manual_seed(common.mix(seed, 5, first))                           # for dropout
+        torch.manual_seed(common.mix(seed, common.DROPOUT, first))
         loss, losses, cut = loss_terms(net, ema if target_ema else net, y, start, end,
-                                       noise(range(first, first + batch_size), 6))
+                                       noise(range(first, first + batch_size), common.NOISE))
         coming = batch(step * local_steps + i + 1)                              # while the device is busy
         machine.scaler.scale(loss / local_steps).backward()
         means += torch.stack([loss.detach(), cut.mean()]) / local_steps

@@ -5,13 +5,13 @@
     python evaluate.py --source=out/pydocs/mdlm.pt --steps=8 --temperatures=0.7,1,1.3
     python evaluate.py --source=out/pydocs/flm.pt --num_samples=0 --bound     # no texts: the likelihood of held-out ones
 
-Generative perplexity is how well the scorer, another model, predicts the texts. It can be bought: colder sampling lowers
-it, and the variety of the texts with it. So it stands beside measures of variety (metrics.py), and with several
-temperatures it is also read off where the texts are as varied as the data, if the sweep reaches that (`matched`). At a
-temperature every token is drawn, the last ones of a flow too; `argmax` is the flow's own way, which takes the likeliest.
-A flow map has another dial, the size of its noise: from less than it was trained on it makes more varied texts, with more
-rare tokens, and keeps its tokens in tune with each other, which drawing them does not (`--noise_scales=0.6,0.8,1`). Its
-sweep then ends in an argmax throughout; temperatures below 1 are for the guesses on the way, if there is one.
+Generative perplexity is how well the scorer, another model, predicts the texts. It falls when texts get less diverse, as
+they do when sampled colder. So it stands beside measures of diversity (metrics.py), and a sweep over several temperatures
+is also interpolated to the entropy of held-out text, where it reaches that (`matched`). At a temperature every token is
+drawn, the last ones of a flow too; `argmax` is the flow's own way, which takes the likeliest. For flow maps sweep the
+noise instead (`--noise_scales=0.6,0.8,1`): less noise than the map was trained on makes more diverse texts, with more rare
+tokens, that still agree with each other, as tokens drawn one by one do not. Such a sweep ends in an argmax throughout;
+temperatures below 1 are for the guesses before the last, if there are any.
 
 What the scorer sees is in scorers.py.
 
@@ -27,6 +27,7 @@ import math
 import operator
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from flow import drawn, latent_noise, most_likely, noise_factor, sample_flow, st
 from flowmap import sample_flow_map
 
 source = "out/pydocs/fmlm.pt"    # checkpoints (.pt, .ckpt) and texts (.jsonl), comma-separated
+trust_checkpoint = False         # read checkpoints although they hold Python objects besides tensors
 dataset = "pydocs"               # its held-out text is the first row, its training text is looked for copies
 block_size = 0                   # tokens in a text; 0 = those of the checkpoints or of the dataset's rows, else 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
@@ -52,7 +54,7 @@ gamma = 0.0                      # of flows and flow maps: as in sample.py
 sweep_samples = 0                # a first look with so many keeps what is around the data's entropy and rare tokens; 0 = all
 num_samples = 1000               # of a checkpoint; 0 = none
 batch_size = 100                 # texts made together
-copies_from = 10_000_000         # training tokens that copies are looked for in, from the start
+copies_from = 10_000_000         # training tokens, from the start, that are counted and that copies are looked for in
 scorer = "gpt2-large"            # what transformers loads (a name, a folder, a .gguf) or an ar.pt; several with commas
 scorer_samples = 0               # a model not ours reads so many of the texts, which is slow; 0 = all
 bound = False                    # also the likelihood of held-out text under the checkpoints that have one
@@ -72,11 +74,14 @@ wanted = common.parse_steps(steps)
 words = [word for word in temperatures.split(",") if word]
 drawn_at = common.parse_positive("temperatures", [word for word in words if word != "argmax"], "argmax,0.8,1")
 scales = common.parse_positive("noise_scales", [word for word in noise_scales.split(",") if word], "0.6,0.8,1")
-machine = common.Machine(device, dtype)
+machine = common.Machine(common.with_float64(device), dtype)
+if machine.world > 1:
+    common.fail("evaluate.py runs as one process; start it with python")
 
 NEARLY_CLEAN = math.exp(12.6)                            # a signal-to-noise ratio at which a text can be read off its state
 FLOWS = ("flm", "fmlm", "dense", "mse", "noclock")       # sampled by flow.py and flowmap.py; the others by baselines/
 FILES = {"sdtt": "mdlm", "dcd": "duo"}                   # where distilled baselines have their sampler
+RUN = ("model", "steps", "temperature", "gamma", "noise_scale")         # what texts of sample.py that belong together share
 
 
 # ---------------------------------------------------------------- texts
@@ -89,17 +94,17 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
     clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
     clock = noclock.NoClock(clock) if kind == "noclock" else clock
     E, rows = net.embed.weight.detach(), []
-    factor = noise_factor(E, E.size(1))
+    factor = noise_factor(E)
     precision = machine.autocast if kind != "ar" else contextlib.nullcontext     # a cache holds one type of number
     for first in range(0, number, batch_size):
         B = min(batch_size, number - first)
-        random = common.generator(seed, 9, first, device=machine.device)
+        random = common.generator(seed, common.SAMPLE_DRAWS, first, device=machine.device)
         if kind not in FLOWS:
             sample = importlib.import_module(f"baselines.{FILES.get(kind, kind)}").sample
             with precision():
                 rows.append(sample(net, clock, B, L, n_steps, random, temperature))
             continue
-        normal = common.sample_normals(common.mix(seed, 7), range(first, first + B), L, machine.device)
+        normal = common.sample_normals(common.mix(seed, common.SAMPLE_NOISE), range(first, first + B), L, machine.device)
         by_argmax = temperature == "argmax" or kind == "fmlm" and scales
         last = most_likely if by_argmax else functools.partial(drawn, random=random)
         net.head.temperature = 1.0 if temperature == "argmax" else temperature
@@ -112,10 +117,10 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
 
 
 def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
-    """The pairs (temperature, noise scale) that texts of this kind of model are made at: its usual one, if asked for or
-    it is a map, and those of the sweep, in the order in which entropy should rise. With noise_scales the last guess of a
-    map is an argmax everywhere: what makes its texts more varied is less noise, and less varied a temperature below 1 on
-    the way, or, in one step, which has no way, more noise."""
+    """The pairs (temperature, noise scale) to sample this kind of model at: (default, sweep). The default is left out where
+    temperatures are given without it, except of a map with noise_scales. The sweep is in the order in which entropy should
+    rise. With noise_scales the last guess of a map is always an argmax; less noise makes its texts more diverse, and a
+    temperature below 1 in the guesses before makes them less so, or, in one step, which has none before, more noise."""
     usual = [("argmax" if kind in FLOWS else 1.0, 1.0)]
     if kind == "fmlm" and scales:
         colder = [(temperature, 1.0) for temperature in drawn_at if temperature < 1 < n_steps]
@@ -128,38 +133,50 @@ def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
     return [way for way in usual if way in swept or way[0] in words or not swept], swept
 
 
-def near(checkpoint: dict, net, n_steps: int, swept: list[tuple]) -> list[tuple]:
-    """Those of a sweep that a first look finds around the entropy of held-out text, or around its share of rare tokens."""
+def near(checkpoint: dict, net, n_steps: int, swept: list[tuple], row: dict) -> list[tuple]:
+    """Those of a sweep that a first look finds around the entropy of held-out text, of which `row` tells, or around its
+    share of rare tokens."""
     if len(swept) < 3:
         return swept
     looks, chosen = [texts_of(checkpoint, net, n_steps, *way, sweep_samples) for way in swept], []
-    for key, measure in (("entropy", metrics.sample_entropies), ("rare_256", rare_shares)):
-        values, target = [measure(tokens) for tokens in looks], rows[0][key]["value"]
+    for key, measure in (("entropy", metrics.sample_entropies), ("rare_256", rare_256)):
+        values, target = [measure(tokens) for tokens in looks], row[key]["value"]
         error = 2 * max(v.std() for v in values) / sweep_samples ** 0.5
         chosen += metrics.around(swept, [v.mean() for v in values], target, error) if target else []
     return [way for way in swept if way in chosen]
 
 
-def read_texts(path: str) -> np.ndarray:
-    """Tokens (n, L) of a .jsonl: the ids where sample.py wrote them, else the text in the tokens of the dataset, cut to L.
+def ids_of(record: dict) -> list[int]:
+    """The tokens of a record: its own where they are this dataset's, which they are if they spell its text, or there is no
+    text; else the text in the tokens of the dataset. Cut to L."""
+    ids = list(map(operator.index, record.get("tokens") or ()))
+    theirs = ids and ("text" not in record or max(ids) < V and encoding.decode(ids) == record["text"])
+    return (ids if theirs else encoding.encode_ordinary(record["text"]))[:L]
+
+
+def read_texts(path: str) -> dict[str, np.ndarray]:
+    """Tokens (n, L) of a .jsonl, by a name for each of the runs of sample.py in it, which differ in model, steps or dials.
     Texts of fewer than L tokens are left out, saying so."""
     try:
         records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
-        rows = [list(map(operator.index, r.get("tokens") or encoding.encode_ordinary(r["text"])))[:L] for r in records]
+        rows = [(tuple(record.get(key) for key in RUN), ids_of(record)) for record in records]
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         common.fail(f"{path} is no .jsonl with a text a line ({type(error).__name__}: {error})")
-    whole = [row for row in rows if len(row) == L and 0 <= min(row) and max(row) < V]
+    whole = [(run, row) for run, row in rows if len(row) == L and 0 <= min(row) and max(row) < V]
     if len(whole) < len(rows):
         print(f"{path}: {len(rows) - len(whole)} of {len(rows)} texts have fewer than {L} tokens, or others than the "
               f"dataset, and are left out", file=sys.stderr)
-    if len(whole) < 2:
-        common.fail(f"{path} has fewer than two texts of {L} tokens; --block_size= sets another number")
-    return np.array(whole)
+    runs = dict.fromkeys(run for run, _ in whole)
+    texts = {run: np.array([row for other, row in whole if other == run]) for run in runs}
+    if min(map(len, texts.values()), default=0) < 2:
+        common.fail(f"{path} has fewer than two texts of {L} tokens in a run; --block_size= sets another number")
+    differ = [i for i in range(len(RUN)) if len({run[i] for run in runs}) > 1]
+    return {" ".join([path, *(f"{RUN[i]}={run[i]}" for i in differ)]): tokens for run, tokens in texts.items()}
 
 
 # ---------------------------------------------------------------- a row of the table
 
-def rare_shares(tokens: np.ndarray) -> np.ndarray:
+def rare_256(tokens: np.ndarray) -> np.ndarray:
     """Of each of the tokens (n, L) the share outside the 256 most common, (n,)."""
     return metrics.rare_shares(tokens, training_counts, 256)
 
@@ -196,14 +213,14 @@ def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
                self_bleu=mean(metrics.self_bleu(equal)), unigram_kl=of_all(kl, equal),
                distinct_2=of_all(lambda t: metrics.distinct_ngrams(t, 2), equal),
                distinct_4=of_all(lambda t: metrics.distinct_ngrams(t, 4), equal),
-               rare_256=mean(rare_shares(tokens)),
+               rare_256=mean(rare_256(tokens)),
                rare_2048=mean(metrics.rare_shares(tokens, training_counts, 2048)),
                longest_copy=mean(copies), copied=share(copies >= tokens.shape[1] // 2),
                different=of_all(metrics.distinct, tokens))
     if held_out.path.parent.name == "palindromes":
         row["valid"] = share(metrics.palindromes(tokens))
     scored = {}
-    for scorer_name, score in readers.items():
+    for scorer_name, score in score_of.items():
         read = slice(None if scorer_name.endswith(".pt") else scorer_samples or None)
         losses, counts = score(tokens[read], texts[read])
         scored[scorer_name] = metrics.sample_entropies(tokens), losses, counts
@@ -242,7 +259,7 @@ def likelihood(checkpoint: dict, net) -> dict | None:
     draws, E_white = 1 if kind == "ar" else 32, whiten(net.embed.weight) if kind == "flm" else None
     for first in range(0, len(held_out_tokens), batch_size):
         y = machine.put(held_out_tokens[first:first + batch_size])
-        random = common.generator(seed, 10, first, device=machine.device)
+        random = common.generator(seed, common.BOUND_NOISE, first, device=machine.device)
         with machine.autocast():
             if kind == "flm":
                 values.append(likelihood_bound(net, clock, y, random, draws, E_white=E_white).nats)
@@ -263,8 +280,8 @@ def likelihood(checkpoint: dict, net) -> dict | None:
 
 # ---------------------------------------------------------------- the program
 
-sources, names = source.split(","), [name for name in scorer.split(",") if name and num_samples]
-checkpoints = {name: storage.load_checkpoint(name) for name in sources if name.endswith((".pt", ".ckpt"))}
+sources, judges = source.split(","), [name for name in scorer.split(",") if name and num_samples]
+checkpoints = {name: storage.load_checkpoint(name, trust=trust_checkpoint) for name in sources if name.endswith((".pt", ".ckpt"))}
 lengths = {checkpoint["model_config"]["block_size"] for checkpoint in checkpoints.values()} | ({block_size} - {0})
 if len(lengths) > 1:
     common.fail(f"texts of {' and '.join(map(str, sorted(lengths)))} tokens cannot be judged together")
@@ -280,30 +297,30 @@ packed = held_out.meta["row_length"]
 training_rows = np.asarray(training.tokens[:copies_from // (packed or 1) * (packed or 1)]).reshape(-1, packed or 1)
 training_rows = training_rows if packed else training_rows.ravel()
 training_counts = np.bincount(training_rows.ravel(), minlength=V)
-if len({os.path.basename(name) for name in names}) < len(names):
+if len({os.path.basename(name) for name in judges}) < len(judges):
     common.fail(f"scorer={scorer}: two of them have the same name")
-readers = {os.path.basename(name.rstrip("/")): scorers.load(name, held_out, machine) for name in names}
+score_of = {os.path.basename(name.rstrip("/")): scorers.load(name, held_out, machine) for name in judges}
 
 rows = [judge("held-out text", held_out_tokens)[0]] if num_samples else []
 likelihoods, matched = {}, {}
 for name in sources:
     if name not in checkpoints:
-        rows.append(judge(name, read_texts(name), source=name)[0])
+        rows += [judge(said, tokens, source=name)[0] for said, tokens in read_texts(name).items()]
         continue
     checkpoint = checkpoints[name]
     net, kind = storage.build_model(checkpoint, machine.device), checkpoint["kind"]
     for n_steps in wanted if num_samples else ():
         usual, swept = ways(kind, n_steps)
-        scored, around = {}, near(checkpoint, net, n_steps, swept) if sweep_samples else swept
-        for way in dict.fromkeys(usual + around):  # each once
+        scored, kept_ways = {}, near(checkpoint, net, n_steps, swept, rows[0]) if sweep_samples else swept
+        for way in dict.fromkeys(usual + kept_ways):  # each once
             temperature, noise_scale = way
             tokens = texts_of(checkpoint, net, n_steps, *way, num_samples)
             scale = dict(noise_scale=noise_scale) if noise_scale != 1 else {}
             said = f"{kind}, {n_steps} steps, {temperature}{f', noise x {noise_scale:g}' if scale else ''}"
             row, scored[way] = judge(said, tokens, source=name, kind=kind, steps=n_steps, temperature=temperature, **scale)
             rows.append(row)
-        for key in readers if len(around) > 1 else ():
-            at = match([scored[way][key] for way in around], rows[0]["entropy"]["value"])
+        for key in score_of if len(kept_ways) > 1 else ():
+            at = match([scored[way][key] for way in kept_ways], rows[0]["entropy"]["value"])
             matched.setdefault(name, {}).setdefault(str(n_steps), {})[key] = at
             reached = f"{at['value']:.4g}" if at else "not reached"
             print(f"  perplexity {key} at the entropy of held-out text: {reached}")
@@ -316,7 +333,7 @@ for name in sources:
             print(f"  of its tokens in almost no noise {found['accuracy_nearly_clean']['value']:.1%} are told apart")
 if out:
     kept = {key: value for key, value in settings.items() if key not in (*storage.PLACES, "source", "scorer", "out")}
-    record = dict(machine=machine.describe(), settings=kept, vocabulary=V, scorers=list(readers), rows=rows, matched=matched,
-                  likelihoods=likelihoods)
+    record = dict(date=time.strftime("%Y-%m-%d"), machine=machine.describe(), torch=torch.__version__, settings=kept,
+                  vocabulary=V, scorers=list(score_of), rows=rows, matched=matched, likelihoods=likelihoods)
     storage.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(f"wrote {out}")

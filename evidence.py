@@ -28,7 +28,7 @@ from pathlib import Path
 
 import common
 import storage
-from report import CLOCKS, EQUAL_TIME, HEADLINE, SHORT, STEPS, draw, found, measured_sets, read, score, write_readme
+from report import CLOCKS, EQUAL_TIME, HEADLINE, SHORT, STEPS, all_records, draw, found, measured_sets, read, score, write_readme
 
 sets = "palindromes,pydocs,pydocs4096"  # comma-separated; the last has 4,096 byte pairs, for clocks and noise
 seeds = 3                        # runs of the models in HEADLINE; the others have one
@@ -199,10 +199,22 @@ def judging_words(dataset: str) -> list[str]:
     return [f"--num_samples={SETS[dataset]['samples']}", *SETS[dataset]["judging"]]
 
 
-def judged_so(record: dict, words: list[str]) -> bool:
-    """Whether a measurement is there and was made with these words for evaluate.py."""
+def measured_so(record: dict, words: list[str], rate: float, share: float) -> bool:
+    """Whether a measurement is there, of a model with this learning rate and share of the steps, made with these words for
+    evaluate.py."""
     asked = dict(word[2:].split("=") for word in words)
-    return bool(record) and all(str(record["settings"].get(key)).lower() == value for key, value in asked.items())
+    return (record.get("learning_rate"), record.get("share")) == (rate, share) and all(
+        str(record["settings"].get(key)).lower() == value for key, value in asked.items())
+
+
+def require_same_judge(dataset: str) -> None:
+    """Exits where measurements of text that are there were made under another scorer: they would all be made anew, one by
+    one, and could not be compared until then."""
+    asked = os.path.basename(scorer.rstrip("/")) or "ar.pt"
+    theirs = {record["scorers"][-1] for record in all_records(Path(results) / dataset) if record["scorers"]} - {asked}
+    if theirs and dataset != "palindromes":
+        common.fail(f"{results}/{dataset} was judged by {' and '.join(sorted(theirs))}; give that as --scorer=, or another "
+                    f"folder as --results=")
 
 
 def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool = False, more: tuple = ()) -> dict:
@@ -257,9 +269,9 @@ def measure(dataset: str) -> None:
         out = Path(results) / dataset / f"{name}-seed{seed}.json"
         label, (name, _, length) = name, name.partition("-")
         trained, *more = SAMPLERS.get(name, (name,))
-        if judged_so(read(out), [*judging_words(dataset), *more]):
-            continue
         rate, share = run_of(label, dataset)
+        if measured_so(read(out), [*judging_words(dataset), *more], rate, share):
+            continue
         checkpoint, training = model(trained, dataset, seed, rate, share)
         require(training["finished"], checkpoint.with_suffix(".log"))
         steps = HEADLINE[name] if length == "equal" else steps_of(label, seed, first)
@@ -293,6 +305,8 @@ def equal_time(dataset: str, name: str) -> float:
 wanted, folder = sets.split(","), Path(results)
 for dataset in wanted:
     common.require_choice("sets", dataset, SETS)
+for dataset in wanted if not report else ():
+    require_same_judge(dataset)
 for dataset in wanted if not report else ():
     measure(dataset)
 if not measured_sets(folder):

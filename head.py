@@ -14,8 +14,8 @@ SLICE = 2 ** 25  # logits held at once on a CPU: 128 MiB in float32, 667 tokens 
 
 
 def slices(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same slice of several tensors (N, ..), as many tokens tall as SLICE logits allow. Every slice adds (V, d)
-    numbers to the head's gradient, which on a GPU, where memory is faster and there is more, favours taller ones."""
+    """The same slices of several tensors (N, ..), each of as many tokens as SLICE logits allow, on a GPU of four times that:
+    every slice adds a (V, d) gradient to the head's, so fewer and larger ones are faster where there is memory for them."""
     n = max(1, (4 if tensors[0].is_cuda else 1) * SLICE // head.out_features)
     return zip(*(tensor.split(n) for tensor in tensors))
 
@@ -32,11 +32,12 @@ def by_tokens(function: Callable[..., Tensor], head: nn.Module, *tensors: Tensor
 
 
 def draw(p: Tensor, random: torch.Generator | None) -> Tensor:
-    """One token a row, (n, 1), from probabilities p (n, V): the first at which their running sum exceeds u, uniform.
+    """One token a row, (n, 1), from probabilities p (n, V), by their cumulative sum: the first token at which it exceeds u,
+    uniform.
 
-    In float64. A float32 u has 24 bits, and so has that of argmax p / -log u, the usual way to draw: the rarest tokens are
-    hardly drawn, the text loses entropy without notice, and its generative perplexity looks better than it is (arXiv
-    2409.02908). This takes one random number a row, where torch.multinomial takes V. Where p is not finite it returns V, a
+    In float64: a float32 u has 24 bits, too few for the rarest tokens, here as in the Gumbel-max trick. They are hardly
+    drawn, the text loses entropy without notice, and its generative perplexity looks better than it is (arXiv 2409.02908).
+    This takes one random number a row, where torch.multinomial takes V. Where p is not finite it returns V, a
     token that no embedding has: to check here would be to wait for the device."""
     sums = p.double().cumsum(-1)                                                # u < 1, so u times the last is below the last
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=random, device=p.device)

@@ -22,7 +22,7 @@ from numpy import ndarray
 
 # ---------------------------------------------------------------- variety
 
-def ngram_names(samples: ndarray, n: int) -> ndarray:
+def ngram_ids(samples: ndarray, n: int) -> ndarray:
     """A number for each n-gram, equal for equal n-grams only, from 0 up without gaps: (rows, L - n + 1).
 
     Exact, where hashes could collide: an n-gram is the name of its first n - 1 tokens and one token more, a pair to be
@@ -68,7 +68,7 @@ def self_bleu(samples: ndarray, order: int = 4) -> ndarray:
         raise ValueError("self_bleu needs at least two samples")
     precisions = np.empty((order, n))
     for k in range(1, order + 1):
-        gram, row, count = counts_by_row(ngram_names(samples, k))
+        gram, row, count = counts_by_row(ngram_ids(samples, k))
         gram, row, count = (column[count.argsort()] for column in (gram, row, count))
         owner, largest, second = np.zeros((3, gram.max() + 1), dtype=np.int64)  # for each k-gram
         owner[gram], largest[gram] = row, count                                 # the last one written stays
@@ -81,7 +81,7 @@ def self_bleu(samples: ndarray, order: int = 4) -> ndarray:
 
 def distinct_ngrams(samples: ndarray, n: int) -> float:
     """Different n-grams / n-grams, in all samples together. Falls with their number: compare equally many."""
-    names = ngram_names(samples, n)
+    names = ngram_ids(samples, n)
     return float(names.max() + 1) / names.size
 
 
@@ -112,9 +112,8 @@ def rare_shares(samples: ndarray, data_counts: ndarray, k: int) -> ndarray:
 def unigram_kl(data_counts: ndarray, sample_counts: ndarray) -> float:
     """KL(data || samples) = sum_v p_v log(p_v / q_v) of single tokens: it weighs what the samples lack.
 
-    A token that they lack altogether would make it infinite, so each token of the data counts half more in q; p is as
-    counted. Perfect samples do not reach 0: N tokens of K kinds give (K - 1) / 2N on average, once N is large beside K.
-    Compare equally many tokens, held-out text among them.
+    A token that they lack altogether would make it infinite, so 1/2 is added to each count in q, not in p. Perfect samples
+    do not reach 0: N tokens of K kinds give (K - 1) / 2N on average, once N is large beside K. Compare equally many tokens, held-out text among them.
     """
     seen = data_counts > 0
     p = data_counts[seen] / data_counts.sum()

@@ -5,8 +5,8 @@ It is a GPT without the causal mask and with two additions:
 - **time conditioning.** The position on the clock, `tau` in [0, 1], is turned into sinusoidal features, then into a
   vector that shifts, scales and gates every block (adaptive layer norm, "adaLN"). A flow *map* has two times, where it
   starts (`tau`) and where it lands (`tau_t`): a second time embedding is added to the first;
-- **it starts from `z`, not from token ids.** The state of the flow is one-hot noise `x` (B, L, V), but the network only
-  ever reads it through the embedding, `z = x E` (B, L, d). flow.py makes `z` without making `x`.
+- **it starts from `z`, not from token ids.** The state of the flow is one-hot text mixed with noise, `x` (B, L, V), but
+  the network only ever reads it through the embedding, `z = x E` (B, L, d). flow.py makes `z` without making `x`.
 
 `model(z, tau)` returns hidden states (B, L, d) and `model.head` turns hidden states into logits (.., V). They are two
 calls so that callers can apply the head to a few tokens at a time: at V = 50,257 the logits of a batch are by far the

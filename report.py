@@ -27,7 +27,9 @@ SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "
          "mse": "FLM, squared error", "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
 CLOCKS = {"clock0": "published: reads V coordinates", "flm": "mean of both", "clock1": "reads d coordinates"}
 SHORT = ("psd-short", "self-short", *(f"{name}_published-short" for name in ("psd", "lsd", "esd")))  # as where rates are chosen
+ALL_RIGHT = 0.995                # share of valid texts from which on a puzzle tells nothing
 DIFFERENT, UNEVEN = 0.95, 0.1    # of puzzles: the share of different texts at least, the KL of the letters in nats at most
+STUDENT = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # 0.975 quantile, by the number of seeds
 EQUAL_TIME = {"mdlm": "flm", "duo": "flm", "sdtt": "psd", "dcd": "psd"}    # also trained for as many seconds as theirs
 
 
@@ -66,16 +68,19 @@ def score(record: dict, steps: int) -> dict | None:
     return by_scorer.get(record["scorers"][-1])
 
 
-def scores(folder: Path, name: str, steps: int) -> tuple[list[float], float]:
-    """The values of all seeds, and the error of their mean: half its interval, or half of what the seeds differ by."""
-    return values_and_error([s for record in found(folder, name) if (s := score(record, steps))])
+def scores(records: list[dict], steps: int) -> tuple[list[float], float]:
+    """The values of all seeds, and the error of their mean; see `values_and_error`."""
+    return values_and_error([s for record in records if (s := score(record, steps))])
 
 
 def values_and_error(have: list[dict]) -> tuple[list[float], float]:
-    values = [s["value"] for s in have]
+    """The values, and half the 95% interval of their mean: Student's, from how the seeds differ, or that of the samples,
+    where that is larger, as it is of one seed."""
+    values, n = [s["value"] for s in have], len(have)
     if not values:
         return [], math.inf
-    return values, max((max(values) - min(values)) / 2, max((s["high"] - s["low"]) / 2 for s in have) / len(have) ** 0.5)
+    of_samples = max((s["high"] - s["low"]) / 2 for s in have) / n ** 0.5
+    return values, max(of_samples, STUDENT[min(n, len(STUDENT) - 1)] * statistics.stdev(values) / n ** 0.5 if n > 1 else 0)
 
 
 def at_rare_share(record: dict, steps: int) -> dict | None:
@@ -103,10 +108,10 @@ def at_rare_share(record: dict, steps: int) -> dict | None:
 
 # ---------------------------------------------------------------- from numbers to words
 
-def entry(folder: Path, name: str, steps: int) -> str:
+def entry(records: list[dict], steps: int) -> str:
     """The mean over the seeds and its error; how many reached the entropy, where not all did; of puzzles the share of
     different samples, where many are the same, and how far the letters are from the data's, where some are neglected."""
-    (values, error), records = scores(folder, name, steps), found(folder, name)
+    values, error = scores(records, steps)
     records = [r for r in records if any(row.get("steps") == steps for row in r["rows"])]
     if not values:
         return "entropy not reached" if records else ""
@@ -123,32 +128,34 @@ def entry(folder: Path, name: str, steps: int) -> str:
 
 
 def table(folder: Path) -> list[str]:
-    lines = ["| evaluations | " + " | ".join(map(str, STEPS)) + " | training, core seconds | at equal time |",
+    lines = ["| steps | " + " | ".join(map(str, STEPS)) + " | training, core seconds | at equal time |",
              "|---" * (len(STEPS) + 3) + "|"]
     for name, title in SHOWN.items():
         if records := found(folder, name):
-            cells = [entry(folder, name, steps) for steps in STEPS]
+            cells = [entry(records, steps) for steps in STEPS]
             cells[0] += " (one for each token)" if name == "ar" else ""
             seconds = statistics.mean(record["seconds"] for record in records)
-            equal = f"{name}-equal"
-            longer = found(folder, equal) and (f"{entry(folder, equal, HEADLINE[name])} at {HEADLINE[name]}, "
-                                               f"as long as {SHOWN[EQUAL_TIME[name]]}")
+            equal = found(folder, f"{name}-equal")
+            longer = equal and f"{entry(equal, HEADLINE[name])} at {HEADLINE[name]}, as long as {SHOWN[EQUAL_TIME[name]]}"
             best = " (short was best)" if name in HEADLINE and records[0].get("share", 1) < 1 else ""
             lines.append(f"| {title}{best} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
+    if found(folder, "mdlm"):
+        lines += ["", "A step is a network evaluation, but for MDLM and SDTT, which ask the network only where a step uncovers "
+                      "tokens: N steps of L tokens take N (1 - (1 - 1/N)^L) evaluations on average, and never more than L."]
     return lines
 
 
-def rare_entry(folder: Path, name: str, steps: int) -> str:
-    values, error = values_and_error([x for record in found(folder, name) if (x := at_rare_share(record, steps))])
+def rare_entry(records: list[dict], steps: int) -> str:
+    values, error = values_and_error([x for record in records if (x := at_rare_share(record, steps))])
     return f"{statistics.mean(values):.0f} ± {error:.0f}" if values else ""
 
 
 def rare_table(folder: Path) -> list[str]:
     """The same where the texts have as many rare tokens as held-out text, of which their entropy does not tell."""
     lines = ["", "Perplexity at its share of rare tokens instead, those outside the 256 most common:", "",
-             "| evaluations | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
+             "| steps | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
     for name, title in SHOWN.items():
-        cells = [rare_entry(folder, name, steps) for steps in STEPS]
+        cells = [rare_entry(found(folder, name), steps) for steps in STEPS]
         if any(cells):
             cells[0] += " (one for each token)" if name == "ar" else ""
             lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -156,30 +163,30 @@ def rare_table(folder: Path) -> list[str]:
 
 
 def clock_table(folder: Path) -> list[str]:
-    """What a clock does to text at 128 steps and to likelihood; nothing where no clocks were compared."""
+    """What a clock does to text at 128 steps and to likelihood, of seed 1; nothing where no clocks were compared."""
     if not any(found(folder, name) for name in CLOCKS if name != "flm"):
         return []
     lines = ["", "| clock of the FLM | perplexity at the entropy of held-out text | at its share of rare tokens | "
                  "held-out text, nats a token, at most | right in almost no noise |", "|---|---|---|---|---|"]
     for name, title in CLOCKS.items():
-        for record in found(folder, name)[:1]:
-            likelihood = next(iter(record["likelihoods"].values()))
+        if records := found(folder, name)[:1]:
+            likelihood = next(iter(records[0]["likelihoods"].values()))
             nats = likelihood["nats_per_token"]
-            lines.append(f"| {title} | {entry(folder, name, 128)} | {rare_entry(folder, name, 128) or 'not reached'} "
+            lines.append(f"| {title} | {entry(records, 128)} | {rare_entry(records, 128) or 'not reached'} "
                          f"| {nats['value']:.3f} ± {(nats['high'] - nats['low']) / 2:.3f} "
                          f"| {likelihood['accuracy_nearly_clean']['value']:.1%} |")
     return lines
 
 
 def noise_line(folder: Path) -> list[str]:
-    """What drawing noise in d dimensions instead of V does to the loss after the same steps."""
-    ours, dense = found(folder, "flm"), found(folder, "dense")
-    losses = [[record["val_loss"] for record in records if "val_loss" in record] for records in (ours, dense)]
-    if not all(losses):
+    """What drawing noise in d dimensions instead of V does to the loss after the same steps, of seed 1; beside it what other
+    seeds do to it, where there are others."""
+    ours, dense = ([record["val_loss"] for record in found(folder, name) if "val_loss" in record] for name in ("flm", "dense"))
+    if not (ours and dense):
         return []
-    ours, dense = map(statistics.mean, losses)
-    return ["", f"Validation loss of the FLM after the same steps: {ours:.3f} with noise drawn in d dimensions, {dense:.3f} "
-                f"with noise drawn in V."]
+    seeds = f"; with other seeds {' and '.join(f'{loss:.3f}' for loss in ours[1:])}" if len(ours) > 1 else ""
+    return ["", f"Validation loss of the FLM after the same steps: {ours[0]:.3f} with noise drawn in d dimensions, "
+                f"{dense[0]:.3f} with noise drawn in V (seed 1{seeds})."]
 
 
 MATCHES = "a flow matches discrete diffusion at many steps"
@@ -197,27 +204,28 @@ CLAIMS = [  # of the paper but the second: what is better or no worse, and than 
 def verdicts(folder: Path) -> list[tuple[str, str, str]]:
     """For every claim that has a measurement the claim, the verdict, and the numbers. Ours is better, or worse, where it is
     by more than both errors together (as of independent numbers); for the first two, which ask to be no worse, within the
-    error is enough."""
+    error is enough. Where all texts of both are right, a set is too easy to tell."""
     found_so = []
-    for claim, ours, others in CLAIMS:
-        said = ", ".join(f"{SHOWN[name]} at {steps}: {entry(folder, name, steps) or 'not measured'}"
-                         for name, steps in (ours, *others))
-        values, error = scores(folder, *ours)
-        verdict = "holds"
-        for pair in others:
-            theirs, their_error = scores(folder, *pair)
-            if not values or not theirs:
-                measured = all(entry(folder, *p) for p in (ours, *others))
-                verdict = "cannot be compared at equal entropy" if measured else "not measured yet"
-                break
-            sign = 1 if is_puzzle(found(folder, ours[0])[0]) else -1            # shares should be large, perplexities small
-            lead = sign * (statistics.mean(values) - statistics.mean(theirs))
-            if lead < -math.hypot(error, their_error):
-                verdict = "does not hold"
-                break
-            if lead <= math.hypot(error, their_error) and claim not in (MATCHES, WITH_GAMMA):
-                verdict = "within the error"
-        if any(found(folder, name) for name, _ in others):
+    for claim, *pairs in CLAIMS:
+        pairs = [pairs[0], *pairs[1]]
+        entries = [entry(found(folder, name), steps) for name, steps in pairs]
+        said = ", ".join(f"{SHOWN[name]} at {steps}: {words or 'not measured'}" for (name, steps), words in zip(pairs, entries))
+        (values, error), *others = [scores(found(folder, name), steps) for name, steps in pairs]
+        leads, missing = [], not values or not all(theirs for theirs, _ in others)
+        for theirs, their_error in others:
+            if values and theirs:
+                puzzle = is_puzzle(found(folder, pairs[0][0])[0])               # shares should be large, perplexities small
+                lead = (statistics.mean(values) - statistics.mean(theirs)) * (1 if puzzle else -1)
+                leads.append((lead, math.hypot(error, their_error), puzzle and min(*values, *theirs) >= ALL_RIGHT))
+        if any(lead < -margin for lead, margin, _ in leads):
+            verdict = "does not hold"
+        elif missing:
+            verdict = "cannot be compared at equal entropy" if all(entries) else "not measured yet"
+        elif claim in (MATCHES, WITH_GAMMA) or all(lead > margin for lead, margin, _ in leads):
+            verdict = "holds"
+        else:
+            verdict = "too easy to tell" if all(easy for *_, easy in leads) else "within the error"
+        if any(entries[1:]):
             found_so.append((claim, verdict, said))
     return found_so
 
@@ -247,13 +255,16 @@ def name_of(folder: Path) -> str:
 
 def title_of(folder: Path) -> str:
     records = all_records(folder)
-    samples = f"{records[0]['rows'][-1]['samples']:,} samples"
+    samples, read = records[0]["rows"][-1]["samples"], int(records[0]["settings"].get("scorer_samples", 0))
     if is_puzzle(records[0]):
-        return f"{name_of(folder)}, share of valid ones among {samples}: larger is better"
+        return f"{name_of(folder)}, share of valid ones among {samples:,} samples: larger is better"
     judges = {record["scorers"][-1] for record in records}
     if len(judges) > 1:
         common.fail(f"{folder} holds measurements under {' and '.join(sorted(judges))}; keep those of one")
-    return (f"{name_of(folder)}, perplexity under {judges.pop()} at the entropy of held-out text, {samples}: smaller is better")
+    judge = judges.pop()
+    few = f" (of which the judge reads {read:,})" if read and not judge.endswith(".pt") else ""
+    return (f"{name_of(folder)}, perplexity under {judge} at the entropy of held-out text, {samples:,} samples{few}: smaller is "
+            f"better")
 
 
 def measured_sets(results: Path) -> list[Path]:
@@ -294,7 +305,7 @@ def draw(folder: Path) -> None:
     what, scale = ("valid", "linear") if puzzle else ("perplexity", "log")
     for i, name, title, records in measured:
         color = plt.cm.tab20(i)
-        points = [(steps, statistics.mean(values)) for steps in STEPS if (values := scores(folder, name, steps)[0])]
+        points = [(steps, statistics.mean(values)) for steps in STEPS if (values := scores(records, steps)[0])]
         if points and name == "ar":  # as many evaluations as tokens, however it is asked
             left.axhline(points[0][1], color=color, linestyle=":", label=title)
         elif points:
@@ -303,7 +314,7 @@ def draw(folder: Path) -> None:
         key = next(key for key in reversed(rows[0]) if key.startswith(what))
         right.scatter([row["entropy"]["value"] for row in rows], [row[key]["value"] for row in rows], s=9, color=color)
     right.axvline(measured[0][3][0]["rows"][0]["entropy"]["value"], color="gray", linewidth=1)
-    left.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=what)
+    left.set(xscale="log", yscale=scale, xlabel="steps", ylabel=what)
     left.set_xticks(STEPS, STEPS)
     right.set(yscale=scale, xlabel="entropy of a sample, nats (line: held-out text)", ylabel=what)
     if left.get_legend_handles_labels()[0]:

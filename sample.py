@@ -28,7 +28,7 @@ steps = "1"                      # network evaluations a text; several as 1,2,4,
 flow_steps = 0                   # beside a flow map, also decode the same noise with the flow, in this many steps
 num_samples = 4
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
-noise_scale = 1.0                # size of the first noise: less makes a flow map's texts more varied
+noise_scale = 1.0                # times the standard deviation of the first noise: less makes a flow map's texts more varied
 temperature = 1.0                # of the guesses on the way: below 1 for commoner words; no effect in one step
 gamma = 0.0                      # 0 deterministic, up to 1 = fresh noise, of full size, after every step but the last
 out = ""                         # also write a .jsonl, one object a line with the text
@@ -67,12 +67,12 @@ if flow_steps:
 clock = storage.build_clock(net.config, checkpoint["clock_embedding_share"], machine.device)
 encoding = storage.find_tokenizer(checkpoint, vocabulary)
 E = net.embed.weight.detach()
-factor = noise_factor(E, E.size(1))  # the same kind of noise however many texts are asked for
+factor = noise_factor(E)
 
 
 def generate(samples: range, n_steps: int, with_flow: bool) -> list[list[int]]:
     """The tokens of the texts with these numbers. Each has its own random numbers."""
-    normal = common.sample_normals(common.mix(seed, 7), samples, L, machine.device)
+    normal = common.sample_normals(common.mix(seed, common.SAMPLE_NOISE), samples, L, machine.device)
     z0 = latent_noise(E, factor, normal) * noise_scale                          # (B, L, d)
     network, decode = (flow if flow_steps else net, sample_flow) if with_flow else (net, sample_flow_map)
     network.head.temperature = temperature

@@ -99,9 +99,10 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
             checkpoint[key]  # a KeyError here, rather than in the middle of a program
         if (checkpoint["kind"] == "fmlm") != ModelConfig(**checkpoint["model_config"]).flow_map:
             raise ValueError("its kind does not fit its network")
-    except pickle.UnpicklingError:
-        fail(f"{path} holds Python objects besides tensors, and to read those can run any program; if you trust where it "
-             f"comes from, add --trust_checkpoint to sample.py or distill.py")
+    except pickle.UnpicklingError as error:
+        fail(f"{path} is no checkpoint ({error})" if trust else
+             f"{path} holds Python objects besides tensors, and to read those can run any program; if you trust where it "
+             f"comes from, add --trust_checkpoint (sample.py, distill.py, evaluate.py)")
     except zipfile.BadZipFile as error:
         fail(f"{path} is damaged, or no checkpoint at all ({error})")
     except Exception as error:  # a foreign file can raise anything

@@ -44,7 +44,7 @@ n_time = 128                     # width of the time embedding
 dropout = 0.0                    # 0.1 in the paper; a short run on a CPU does not need it
 block_size = 64                  # L, tokens in a sequence
 learned_positions = True         # ours: pure noise carries no positions, rotary attention alone cannot tell them apart
-position_std = 0.1               # their initial size; pure noise has size 1
+position_std = 0.1               # their standard deviation at first; pure noise has 1
 time_scale = 30.0                # ours: spreads tau over the phases of its sinusoids; 1 in the paper
 attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
@@ -73,6 +73,8 @@ settings = common.configure(globals(), sys.argv[1:])
 globals().update(settings)
 common.require_choice("method", method, ("flm", *training.BASELINES))
 training.require_trainable(settings)
+if method == "ar" and attention_softcap:
+    common.fail("method=ar has no soft cap on its attention; add --attention_softcap=0")
 common.require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
 common.require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
 common.require_in(settings, "[0, 1]", "clock_embedding_share")
@@ -126,16 +128,17 @@ def loss_terms(net, factor, y, times, first, purpose):
 
 @torch.no_grad()
 def validate() -> tuple[float, list[float | None]]:
-    """Mean cross-entropy (nats a token) of the moving average on held-out text, and its mean in tenths of tau. Not a
-    likelihood: its exponential is not a perplexity. The same texts, times and noise at every call."""
+    """The mean loss of the moving average on held-out text, nats a token, and its mean in tenths of tau. Of a flow a
+    cross-entropy, whose mean over the clock is no likelihood (that is bound.py's); of ar the negative log-likelihood, of
+    mdlm and duo a bound on it. The same texts, times and noise at every call."""
     total = torch.zeros(2, 10, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
                         device=machine.device)                                  # losses, counts
-    tau = stratified(eval_iters * batch_size, common.generator(seed, 2))
+    tau = stratified(eval_iters * batch_size, common.generator(seed, common.VAL_TIMES))
     factor = None if baseline else noise_factor(ema.embed.weight, eval_iters * batch_size * block_size)
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))              # (B, L)
         times = machine.put(tau[i * batch_size:(i + 1) * batch_size].float())   # (B,)
-        _, losses = loss_terms(ema, factor, y, times, i * batch_size, 3)        # (B, L)
+        _, losses = loss_terms(ema, factor, y, times, i * batch_size, common.VAL_NOISE)  # (B, L)
         loss = losses.mean(1)                                                   # (B,)
         total.index_add_(1, (times * 10).long().clamp_max(9),
                          torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
@@ -149,7 +152,7 @@ def batch(n: int):
     at, i = divmod(n, local_steps)
     j = i * machine.world + machine.rank                                        # this micro-step among all processes'
     first = at * sequences + j * batch_size
-    tau = stratified(sequences, common.generator(seed, 4, at)).float().view(-1, batch_size)
+    tau = stratified(sequences, common.generator(seed, common.TIMES, at)).float().view(-1, batch_size)
     return first, machine.put(data.rows(first, batch_size)), machine.put(tau[j])
 
 
@@ -180,18 +183,19 @@ while True:
 
     model.train()
     step_loss = torch.zeros((), device=machine.device)
-    factor = None if baseline else noise_factor(model.embed.weight, sequences * block_size)  # once a step: its ..
+    # The noise factor is computed once a step. Micro-steps differentiate with respect to a leaf of its value ...
+    factor = None if baseline else noise_factor(model.embed.weight, sequences * block_size)
     leaf = None if factor is None else factor.detach().requires_grad_()
     for i in range(local_steps):
         first, y, times = coming
-        torch.manual_seed(common.mix(seed, 5, first))                           # for dropout
-        loss, losses = loss_terms(net, leaf, y, times, first, 6)
+        torch.manual_seed(common.mix(seed, common.DROPOUT, first))
+        loss, losses = loss_terms(net, leaf, y, times, first, common.NOISE)
         coming = batch(step * local_steps + i + 1)                              # while the device is busy
         machine.scaler.scale(loss / local_steps).backward()
         step_loss += loss.detach() / local_steps
         watch.see(step + 1, losses.mean(1), times)
     if factor is not None:
-        factor.backward(leaf.grad)                    # .. gradient, gathered over the micro-steps, is carried on to E
+        factor.backward(leaf.grad)                                              # ... whose gradient goes on to E, once
     norm = training.optimizer_step(model, optimizers, machine, grad_clip)
     training.update_ema(ema, model, ema_decay, step)
     step += 1

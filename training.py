@@ -66,8 +66,8 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, beta
     """AdamW for everything, or Muon for the matrices between embedding and head and AdamW for the rest. `dtype` is the
     machine's, which it multiplies matrices in.
 
-    Those that make the time's features and modulations are among them. AdamW moves all weights of such a feature the same
-    way at once, as Muon does not, and at a learning rate that Muon stands, most features ended where SiLU is zero."""
+    Muon also takes the matrices of the time embedding and of the modulations. AdamW moves all weights of a feature of time
+    by about as much, and at the learning rates of Muon most of these features ended where SiLU is zero."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in named if p.ndim == 2 and not name.startswith(("embed", "positions", "head"))]
     muon = {id(p) for p in hidden} if optimizer == "muon" else set()

@@ -1,4 +1,4 @@
-"""The textbook way, in arrays of shape (B, L, V): the mathematics of flow.py and flowmap.py without their three savings.
+"""The textbook way, in arrays of shape (B, L, V): the mathematics of flow.py, flowmap.py and head.py without what they save.
 
 Noise, one-hot text, their mixture, its product with the embedding, all log-probabilities and their product with the
 one-hot text are each computed as written in the paper. The losses are those of flow.py and flowmap.py for z0 = x0 E, to

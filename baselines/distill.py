@@ -5,8 +5,8 @@ self-distillation through time, duo.pt into dcd.pt by discrete consistency disti
     python baselines/distill.py --method=dcd --out_dir=out/palindromes --dataset=palindromes
 
 In rounds, as published: the student begins as its teacher, learns to do in one step what the teacher does in several
-(baselines/mdlm.py, duo.py), and becomes the teacher of the next round, with steps twice as long. What teaches, as what is
-sampled, is its moving average: the weights themselves, at a high learning rate, get worse from round to round. After every
+(baselines/mdlm.py, duo.py), and becomes the teacher of the next round, with steps twice as long. Its moving average
+is the next teacher, and what is sampled: the weights themselves, at a high learning rate, get worse from round to round. After every
 round the checkpoint is written; --init_from=resume goes on from there, so a stopped run loses at most the round it is in.
 """
 
@@ -63,7 +63,7 @@ if max_iters < rounds:
 if first_step * 2 ** (rounds - 1) > 1:
     common.fail(f"first_step={first_step} in {rounds} rounds ends in steps longer than all of time; lower one of them")
 
-machine = common.Machine(device, dtype)
+machine = common.Machine(common.with_float64(device), dtype)
 if machine.world > 1:
     common.fail("baselines/distill.py runs as one process; start it with python")
 kind, path = TEACHERS[method], Path(out_dir) / f"{method}.pt"
@@ -91,8 +91,8 @@ for round_number in range(done, rounds):
         training.set_learning_rate(optimizers, training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters,
                                                                          max_iters))
         y = machine.put(data.rows(step * batch_size, batch_size))               # (B, L)
-        tau = machine.put(stratified(batch_size, common.generator(seed, 4, step)).float())      # (B,)
-        random = common.generator(seed, 6, step, device=machine.device)
+        tau = machine.put(stratified(batch_size, common.generator(seed, common.TIMES, step)).float())      # (B,)
+        random = common.generator(seed, common.NOISE, step, device=machine.device)
         with machine.autocast():
             loss, losses = distillation_loss(student, frozen, clock, y, tau, first_step * 2 ** round_number, random)
         machine.scaler.scale(loss).backward()

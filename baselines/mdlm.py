@@ -78,7 +78,8 @@ def uncover(head: torch.nn.Module, hidden: Tensor, z: Tensor, chosen: Tensor, ra
 def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: int, random: torch.Generator,
            temperature: float = 1.0) -> Tensor:
     """Tokens (B, L) from masks, in steps of equal length in tau: of the masks left at i / steps, 1 in steps - i is
-    uncovered, hence all in the last step. Where a step uncovers nothing the network is not asked: at most L steps a text."""
+    uncovered, hence all in the last step. Where a step uncovers nothing the network is not asked: N steps take at most L
+    evaluations a text, on average N (1 - (1 - 1/N)^L)."""
     mask = model.config.vocab_size - 1
     z = torch.full((B, L), mask, device=model.embed.weight.device)
     for i in range(steps):
@@ -106,8 +107,9 @@ def teacher_states(teacher: FlowTransformer, z: Tensor, tau: Tensor, step: float
 
 
 def reverse_kl(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(target)), (n, 1), from logits (n, V); no gradient to the target. In this direction,
-    the published one, the student rather leaves out what its teacher finds likely than say what it finds unlikely."""
+    """KL(softmax(logits) || softmax(target)), (n, 1), from logits (n, V); no gradient to the target. This
+    direction, the published one, is mode-seeking: the student says nothing that its teacher finds unlikely, and may leave out
+    what it finds likely."""
     log_q, log_p = logits.log_softmax(-1), target.detach().log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1, keepdim=True)
 

@@ -168,6 +168,8 @@ def test_mdlm_samples_the_language_in_many_steps_and_independent_tokens_in_one(s
     model = Exact(mask=True)
     tokens = mdlm.sample(model, None, 20_000, L, steps, generator())
     assert tokens.max() < V and len(model.times) <= steps
+    evaluations = sum(map(len, model.times)) / 20_000       # a text
+    assert evaluations == pytest.approx(steps * (1 - (1 - 1 / steps) ** L), abs=0.02)
     at_once = 1 / steps                                     # the chance that both tokens are uncovered in the same step
     assert distance(tokens, at_once * INDEPENDENT + (1 - at_once) * JOINT) < 0.015
     assert distance(tokens, JOINT) < 0.02 or steps < 50

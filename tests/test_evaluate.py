@@ -128,6 +128,32 @@ def test_texts_of_a_file_are_judged_like_those_of_the_checkpoint(trained, tmp_pa
     assert of_checkpoint["perplexity ar.pt"] == of_file["perplexity ar.pt"] and of_file["samples"] == 12
 
 
+def test_every_run_in_a_file_is_a_row(trained, tmp_path):
+    """Several numbers of steps, of flow map and flow, as sample.py writes them into one file, are not judged as one model."""
+    out, data, _ = trained
+    path = tmp_path / "texts.jsonl"
+    quick_run("sample.py", f"--out_dir={out}", "--steps=1,2", "--flow_steps=2", "--num_samples=12", f"--out={path}",
+              "--device=cpu", "--dtype=float32")
+    _, record = judged(trained, tmp_path, f"--source={path},{out / 'fmlm.pt'},{out / 'flm.pt'}", "--steps=1,2")
+    rows = {row["name"]: row["perplexity ar.pt"] for row in record["rows"]}
+    assert rows[f"{path} model=FMLM steps=1"] == rows["fmlm, 1 steps, argmax"]
+    assert rows[f"{path} model=FMLM steps=2"] == rows["fmlm, 2 steps, argmax"]
+    assert rows[f"{path} model=FLM steps=2"] == rows["flm, 2 steps, argmax"]
+
+
+def test_tokens_of_another_vocabulary_are_not_taken_for_ours(trained, tmp_path):
+    """Small numbers fit every vocabulary; those that do not spell their text here are another's, and the text counts."""
+    out, data, _ = trained
+    held_out = Data(str(data), "val", 8, 1)
+    encoding = storage.tokenizer.from_dict(held_out.tokenizer)
+    texts = [encoding.decode(row) for row in held_out.rows(0, 12).tolist()]
+    for name, ids in (("none", {}), ("theirs", dict(tokens=[0, 1, 2, 3, 4, 5, 6, 7]))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(dict(text=text, **ids)) for text in texts))
+    _, record = judged(trained, tmp_path, f"--source={tmp_path / 'none.jsonl'},{tmp_path / 'theirs.jsonl'}", "--block_size=8")
+    held, none, theirs = (row["perplexity ar.pt"]["value"] for row in record["rows"])
+    assert held == none == theirs
+
+
 def test_temperatures_are_matched(trained, tmp_path):
     """The perplexity where the sweep crosses the data's entropy lies between its neighbours, and so does a one-step flow's,
     whose tokens are drawn."""
@@ -227,6 +253,8 @@ def test_a_discrete_distillation_that_diverges_says_where(trained, tmp_path):
     (["evaluate.py", "--source=OUT/flm.pt", "--dataset=DATA", "--scorer=OUT/flm.pt"], "what is needed here is a baseline (ar)"),
     (["evaluate.py", "--source=OUT/flm.pt", "--dataset=DATA", "--scorer=nowhere/lm"], "--scorer= for none"),
     (["evaluate.py", "--num_samples=1"], "num_samples=1: one text cannot be compared"),
+    (["evaluate.py", "--device=mps"], "device=mps: tokens are drawn in float64, which Apple GPUs do not have"),
+    (["train.py", "--method=ar", "--attention_softcap=50"], "method=ar has no soft cap on its attention"),
     (["evaluate.py", "--temperatures=warm"], "temperatures=warm: expected positive numbers such as argmax,0.8,1"),
     (["evaluate.py", "--temperatures=0"], "temperatures=0: expected positive numbers such as argmax,0.8,1"),
     (["evaluate.py", "--noise_scales=1,-1"], "noise_scales=1,-1: expected positive numbers such as 0.6,0.8,1"),

@@ -34,9 +34,9 @@ def grams(row, n):
 def test_names_are_equal_exactly_where_the_ngrams_are(samples, n):
     if n > samples.shape[1]:
         with pytest.raises(ValueError, match=f"no {n}-grams"):
-            metrics.ngram_names(samples, n)
+            metrics.ngram_ids(samples, n)
         return
-    names = metrics.ngram_names(samples, n)
+    names = metrics.ngram_ids(samples, n)
     spelled = [gram for row in samples.tolist() for gram in grams(row, n)]
     assert names.shape == (len(samples), samples.shape[1] - n + 1)
     assert len(set(zip(names.ravel().tolist(), spelled))) == len(set(spelled)) == len(set(names.ravel().tolist()))
@@ -48,7 +48,7 @@ def test_names_are_equal_exactly_where_the_ngrams_are(samples, n):
 def test_ids_of_a_narrow_type_do_not_overflow(V, dtype):
     wide = np.random.default_rng(0).choice([0, 1, 2, V - 3, V - 2, V - 1], size=(12, 40))
     narrow = wide.astype(dtype)
-    for function in (metrics.sample_entropies, metrics.self_bleu, lambda ids: metrics.ngram_names(ids, 4),
+    for function in (metrics.sample_entropies, metrics.self_bleu, lambda ids: metrics.ngram_ids(ids, 4),
                      lambda ids: metrics.longest_copies(ids[:6], ids[6:]), metrics.palindromes):
         assert np.array_equal(function(narrow), function(wide))
 

@@ -207,7 +207,7 @@ CASES = [
      "the checkpoint's head.bias is missing, unknown or not a number; take an earlier one"),
     ("sample.py --init_from={broken}/object.pt",
      "{broken}/object.pt holds Python objects besides tensors, and to read those can run any program; if you trust "
-     "where it comes from, add --trust_checkpoint to sample.py or distill.py"),
+     "where it comes from, add --trust_checkpoint (sample.py, distill.py, evaluate.py)"),
     ("sample.py --init_from={broken}/object.pt --trust_checkpoint",
      "{broken}/object.pt is no checkpoint of train.py or distill.py, nor one the authors released (KeyError: "
      "'rotary_emb.inv_freq')"),
@@ -233,7 +233,7 @@ CASES = [
     ("train.py --learning_rate=1e-5", "the cosine would rise from learning_rate=1e-05 to min_lr=0.0001; lower min_lr, or set "
      "schedule=constant"),
     ("distill.py --batch_size=1", "diagonal_share=0.5 of batch_size=1 leaves no row for the diagonal"),
-    ("distill.py --diagonal_share=0", "objective=psd learns of the flow on the diagonal alone; set diagonal_share above 0"),
+    ("distill.py --diagonal_share=0", "objective=psd learns the flow from the diagonal alone; set diagonal_share above 0"),
     ("distill.py --self_distill --teacher_temperature=1.2",
      "self_distill learns from the data, not from a teacher; add --teacher_temperature=1"),
     # places to write

@@ -179,7 +179,7 @@ def with_objects(tmp_path, monkeypatch):
 def test_objects_are_refused(with_objects, monkeypatch, capfd):
     said = mistake(monkeypatch, *BASE, f"--init_from={with_objects}")
     assert said == (f"error: {with_objects} holds Python objects besides tensors, and to read those can run any program; "
-                    f"if you trust where it comes from, add --trust_checkpoint to sample.py or distill.py")
+                    f"if you trust where it comes from, add --trust_checkpoint (sample.py, distill.py, evaluate.py)")
     assert "this ran" not in capfd.readouterr().out
 
 
