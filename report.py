@@ -201,13 +201,25 @@ CLAIMS = [  # of the paper but the second: what is better or no worse, and than 
     ("the clock is needed", ("flm", 128), [("noclock", 128)])]
 
 
+def too_easy(folder: Path, pairs: list[tuple[str, int]]) -> bool:
+    """Whether models, each at its number of steps, get all of a puzzle right."""
+    records = [found(folder, name) for name, _ in pairs]
+    return all(of and is_puzzle(of[0]) and min(scores(of, steps)[0], default=0) >= ALL_RIGHT
+               for of, (_, steps) in zip(records, pairs))
+
+
 def verdicts(folder: Path) -> list[tuple[str, str, str]]:
     """For every claim that has a measurement the claim, the verdict, and the numbers. Ours is better, or worse, where it is
     by more than both errors together (as of independent numbers); for the first two, which ask to be no worse, within the
-    error is enough. Where all texts of both are right, a set is too easy to tell."""
+    error is enough. What is compared at the same number of steps, but easy for all of them there, is compared at the next
+    smaller one that was measured; where there is none, the set is too easy to tell."""
     found_so = []
     for claim, *pairs in CLAIMS:
         pairs = [pairs[0], *pairs[1]]
+        if len({steps for _, steps in pairs}) == 1:
+            same = [[(name, steps) for name, _ in pairs] for steps in reversed(STEPS) if steps <= pairs[0][1]]
+            same = [found_there for found_there in same if all(scores(found(folder, name), n)[0] for name, n in found_there)]
+            pairs = next((found_there for found_there in same if not too_easy(folder, found_there)), pairs)
         entries = [entry(found(folder, name), steps) for name, steps in pairs]
         said = ", ".join(f"{SHOWN[name]} at {steps}: {words or 'not measured'}" for (name, steps), words in zip(pairs, entries))
         (values, error), *others = [scores(found(folder, name), steps) for name, steps in pairs]
@@ -216,15 +228,15 @@ def verdicts(folder: Path) -> list[tuple[str, str, str]]:
             if values and theirs:
                 puzzle = is_puzzle(found(folder, pairs[0][0])[0])               # shares should be large, perplexities small
                 lead = (statistics.mean(values) - statistics.mean(theirs)) * (1 if puzzle else -1)
-                leads.append((lead, math.hypot(error, their_error), puzzle and min(*values, *theirs) >= ALL_RIGHT))
-        if any(lead < -margin for lead, margin, _ in leads):
+                leads.append((lead, math.hypot(error, their_error)))
+        if any(lead < -margin for lead, margin in leads):
             verdict = "does not hold"
         elif missing:
             verdict = "cannot be compared at equal entropy" if all(entries) else "not measured yet"
-        elif claim in (MATCHES, WITH_GAMMA) or all(lead > margin for lead, margin, _ in leads):
+        elif claim in (MATCHES, WITH_GAMMA) or all(lead > margin for lead, margin in leads):
             verdict = "holds"
         else:
-            verdict = "too easy to tell" if all(easy for *_, easy in leads) else "within the error"
+            verdict = "too easy to tell" if too_easy(folder, pairs) else "within the error"
         if any(entries[1:]):
             found_so.append((claim, verdict, said))
     return found_so

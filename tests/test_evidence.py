@@ -49,8 +49,11 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
     taken = {"flm": 3, "mdlm": 2, "duo": 4, "psd": 22, "sdtt": 12, "dcd": 9}
     rest = ("ar", "gamma", "psd-long", *SHORT, "mse", "noclock", "dense")
     for name, seconds in (taken | dict.fromkeys(rest, 1)).items():
-        share = 4 if name == "psd-long" else 0.25 if name in SHORT else 1
-        (folder / f"{name}-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, seconds) | dict(share=share)))
+        record = measurement(1, 0.5, 0.6, seconds) | dict(share=4 if name == "psd-long" else 0.25 if name in SHORT else 1)
+        steps = {"ar": "1", "gamma": "8,32,128"} | dict.fromkeys(("psd-long", *SHORT), "1,2,4")
+        steps |= dict.fromkeys(("mse", "noclock", "dense"), "1,2,4,8,128")
+        record["settings"]["steps"] = steps.get(name, ",".join(map(str, STEPS)))
+        (folder / f"{name}-seed1.json").write_text(json.dumps(record))
     rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
              ("mdlm", "duo", "sdtt", "dcd", "sdtt, all steps", "dcd, all steps")}
     (folder / "rates.json").write_text(json.dumps(rates))
@@ -64,7 +67,8 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
     run_evidence(tmp_path, monkeypatch, started, "--sets=palindromes", "--seeds=1")
     assert given == {"mdlm": 1500, "duo": 750, "sdtt": 11000, "dcd": 5500 * 18 // 5}
     assert "| 0.900 ± 0.050 at 8, as long as FMLM, PSD |" in (tmp_path / "mine.md").read_text()
-    (folder / "psd-seed1.json").write_text(json.dumps(measurement(1, 0.5, 0.6, 22) | dict(machine="desktop")))
+    record = json.loads((folder / "psd-seed1.json").read_text())
+    (folder / "psd-seed1.json").write_text(json.dumps(record | dict(machine="desktop")))
     with pytest.raises(SystemExit, match="sdtt and psd took seconds on desktop and laptop; measure both on one machine"):
         run_evidence(tmp_path, monkeypatch, started, "--sets=palindromes", "--seeds=1")
 
@@ -111,6 +115,12 @@ def test_a_claim_is_refuted_by_either_rival_and_not_tested_where_all_is_right(tm
     assert verdict(sdtt=(8, 0.45, 0.46)) == {one_step: "holds"}
     assert verdict(flm=(128, 0.999, 1), mse=(128, 1, 1))[loss] == "too easy to tell"
     assert verdict(mse=(128, 0.98, 0.99))[loss] == "holds"
+    for name, (valid, high) in dict(flm=(0.8, 0.81), mse=(0.9, 0.91)).items():  # in four steps it is not
+        record = measurement(128, 1, 1)
+        record["rows"].append(measurement(4, valid, high)["rows"][1])
+        (tmp_path / f"{name}-seed1.json").write_text(json.dumps(record))
+    assert {claim: (verdict, words) for claim, verdict, words in verdicts(tmp_path)}[loss] == (
+        "does not hold", "FLM at 4: 0.800 ± 0.010, FLM, squared error at 4: 0.900 ± 0.010")
 
 
 def test_the_error_of_a_mean_over_seeds_covers_the_truth(tmp_path):
@@ -327,10 +337,11 @@ def test_objectives_are_compared_with_the_published_mix_and_time_scale(tmp_path,
 
 
 def test_numbers_of_the_prose_are_in_the_results():
-    """What is written by hand under the tables of the README: every perplexity, 1,234, and every share or number of nats, 0.123
+    """What is written by hand over and under the tables of the README: every perplexity, 1,234, and every share or number of nats, 0.123
     or 1.234, is a value in results/ or a setting in evidence.py. It may be another one's: this finds words that measurements
     left behind, not all of them."""
-    prose = (ROOT / "README.md").read_text().split("<!-- up to here -->")[1].split("**Not reproduced")[0]
+    prose = (ROOT / "README.md").read_text().split("## Evidence")[1].split("**Not reproduced")[0]
+    prose = re.sub(r"<!-- from here.*up to here -->", "", prose, flags=re.DOTALL)
 
     def leaves(x):
         """All numbers but the ends of intervals."""
