@@ -113,7 +113,8 @@ def unigram_kl(data_counts: ndarray, sample_counts: ndarray) -> float:
     """KL(data || samples) = sum_v p_v log(p_v / q_v) of single tokens: it weighs what the samples lack.
 
     A token that they lack altogether would make it infinite, so 1/2 is added to each count in q, not in p. Perfect samples
-    do not reach 0: N tokens of K kinds give (K - 1) / 2N on average, once N is large beside K. Compare equally many tokens, held-out text among them.
+    do not reach 0: N tokens of K kinds give (K - 1) / 2N on average, once N is large beside K. Compare
+    equally many tokens, held-out text among them.
     """
     seen = data_counts > 0
     p = data_counts[seen] / data_counts.sum()

@@ -96,13 +96,18 @@ def quick_run(*command, status=0, processes=1):
     return out if status == 0 else err.strip()
 
 
+def inside(monkeypatch, *command):
+    """A script in this process, where what it uses can be watched or replaced: its globals at the end."""
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path(command[0], run_name="__main__")
+
+
 def mistake(monkeypatch, *command):
     """What a script's error says. Run in this process: starting PyTorch anew for each of them would take minutes. Any
     exception but the error of one line fails the test, as it would show a user a traceback."""
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(command[0], run_name="__main__")
+        inside(monkeypatch, *command)
     return stopped.value.code  # sys.exit(text) prints the text on stderr and ends with status 1
 
 

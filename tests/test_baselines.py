@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines import ar, duo, mdlm
+from baselines import ar, duo, mdlm, mse, noclock
 from flow import Clock, drawn
 from head import draw
 from model import FlowTransformer, ModelConfig
@@ -413,3 +413,22 @@ def test_dcd_is_the_divergence_from_the_teacher_further_along_the_path():
     assert same_gradients(mean, plain.mean(), list(student.net.parameters()))
     same, _ = duo.distillation_loss(student, student, None, y, tau, 0.0, generator(2))
     assert same.item() == pytest.approx(0, abs=1e-12)
+
+
+# ---------------------------------------------------------------- ablations
+
+def test_squared_error_and_no_clock_are_the_textbooks():
+    """With (B, L, V) arrays: the squared distance of D to the one-hot text; and t itself as time, in the noise and for the
+    network."""
+    net = FlowTransformer(ModelConfig(40, 8, 1, 2, 16, 8, dropout=0.0))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    y, tau, E = torch.randint(40, (4, 8)), torch.rand(4), net.embed.weight
+    z0 = noclock.noise(E, y, generator(3))
+    for loss, t, measure in (
+            (noclock.loss, tau, lambda p: -p.log().gather(-1, y[..., None])[..., 0]),
+            (mse.loss, Clock(40).t_of_tau(tau).float(), lambda p: (p - F.one_hot(y, 40)).square().sum(-1))):
+        z = (1 - t)[:, None, None] * z0 + t[:, None, None] * E[y]
+        plain = measure(net.head(net(z, tau)).softmax(-1))
+        mean, losses = loss(net, Clock(40), y, tau, generator(3))
+        assert torch.allclose(losses, plain, atol=1e-5) and torch.allclose(mean, plain.mean(), atol=1e-5)

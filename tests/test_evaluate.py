@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from programs import QUICK, ROOT, TINY, log, mistake, quick_run, same
+from programs import QUICK, ROOT, TINY, inside, log, mistake, quick_run, same
 
+import flow
+import metrics
 import storage
 from data.loader import Data
 
@@ -77,6 +80,46 @@ def test_scored_likelihood_is_the_validation_loss(trained, tmp_path):
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
     assert record["rows"][0]["perplexity ar.pt"]["value"] == pytest.approx(math.exp(nats), rel=1e-4)
     assert record["likelihoods"][str(out / "ar.pt")]["nats_per_token"]["value"] == pytest.approx(nats, rel=1e-4)
+
+
+def test_likelihoods_of_a_uniform_guess_are_the_logarithm_of_the_vocabulary(toy, tmp_path):
+    """Exact or as bounds, however many times are drawn for one; a character of the toy is a token."""
+    for method in ("mdlm", "duo", "ar"):
+        quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1", "--learning_rate=1e-6", "--min_lr=0",
+                  f"--method={method}")
+    sources = ",".join(str(tmp_path / f"{method}.pt") for method in ("mdlm", "duo", "ar"))
+    quick_run("evaluate.py", f"--source={sources}", "--num_samples=0", "--bound", f"--dataset={toy[0] / 'data'}", "--scorer=",
+              "--device=cpu", "--dtype=float32", f"--out={tmp_path / 'rows.json'}")
+    for found in json.loads((tmp_path / "rows.json").read_text())["likelihoods"].values():
+        nats = found["nats_per_token"]["value"]
+        assert nats == pytest.approx(math.log(16), rel=0.2)
+        assert found["perplexity"]["value"] == pytest.approx(math.exp(nats))
+        assert found["bits_per_character"]["value"] == pytest.approx(nats / math.log(2))
+
+
+def test_rows_are_measured_against_the_training_text(toy, monkeypatch):
+    """Token frequencies, the other way around than one might; rare tokens, of a larger vocabulary than the toy's; and the
+    interval of a statistic of all, which for a mean is known."""
+    judge = inside(monkeypatch, "evaluate.py", f"--source={toy[0] / 'out' / 'flm.pt'}", f"--dataset={toy[0] / 'data'}",
+                   "--scorer=", "--num_samples=20", "--device=cpu")
+    counts = np.bincount(Data(str(toy[0] / "data"), "train", 8, 1).tokens, minlength=16)
+    held_out = np.bincount(judge["held_out_tokens"].ravel(), minlength=16)
+    assert judge["rows"][0]["unigram_kl"]["value"] == metrics.unigram_kl(counts, held_out)
+    x = np.random.default_rng(1).normal(size=(400, 1))
+    found = judge["of_all"](lambda rows: rows.mean(), x)
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(1.96 * x.std() / 20, rel=0.25)
+    monkeypatch.setitem(judge["judge"].__globals__, "training_counts", np.arange(3000)[::-1])
+    assert judge["rare_256"](np.array([[0, 255, 256, 2999]])).tolist() == [0.5]
+
+
+def test_a_flow_without_a_clock_is_sampled_without_one(toy, tmp_path, monkeypatch):
+    real, clocks = flow.sample_flow, []
+    monkeypatch.setattr(flow, "sample_flow", lambda net, clock, *rest: clocks.append(clock) or real(net, clock, *rest))
+    quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--method=noclock", "--max_iters=1")
+    inside(monkeypatch, "evaluate.py", f"--source={tmp_path / 'noclock.pt'}", f"--dataset={toy[0] / 'data'}", "--scorer=",
+           "--num_samples=4", "--steps=3", "--device=cpu")
+    t = torch.rand(5).double()
+    assert len(clocks) == 1 and torch.equal(clocks[0].t_of_tau(t), t)
 
 
 class Foreign(torch.nn.Module):

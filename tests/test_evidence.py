@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from programs import ROOT, quick_run
 
-from report import CLAIMS, SHORT, STEPS, at_rare_share, is_puzzle, values_and_error, verdicts
+from report import CLAIMS, SHORT, STEPS, at_rare_share, is_puzzle, title_of, values_and_error, verdicts
 
 
 def measurement(steps, valid, high, seconds=10.0):
@@ -320,6 +320,23 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
         before = len(programs.started)
         go()
         assert programs.started[before:] == ["data/palindromes/prepare.py", "evaluate.py"] and judged.read_text() == whole
+
+
+def test_what_was_trained_otherwise_or_judged_by_several_is_not_mixed(tmp_path, monkeypatch):
+    def go():
+        run_evidence(tmp_path, monkeypatch, Programs(tmp_path), "--sets=palindromes", "--seeds=1")
+    go()
+    run = tmp_path / "work" / "palindromes" / "seed1" / "rate-0.002" / "mdlm.run.json"
+    run.write_text(run.read_text().replace("--max_iters=1000", "--max_iters=10"))
+    (tmp_path / "results" / "palindromes" / "mdlm-seed1.json").unlink()
+    with pytest.raises(SystemExit, match=r"mdlm.pt was trained otherwise \(train.py .*--max_iters=10\); move it away"):
+        go()
+    for name, judge in (("flm", "one"), ("mdlm", "another")):
+        record = measurement(1, 0.5, 0.6)
+        del record["rows"][1]["valid"]
+        (tmp_path / f"{name}-seed1.json").write_text(json.dumps(record | dict(scorers=["ar.pt", judge])))
+    with pytest.raises(SystemExit, match="holds measurements under another and one; keep those of one"):
+        title_of(tmp_path)
 
 
 def test_objectives_are_compared_with_the_published_mix_and_time_scale(tmp_path, monkeypatch):

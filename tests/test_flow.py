@@ -278,3 +278,10 @@ def test_cross_entropy_of_the_exact_posterior_is_the_smallest():
     tau, z0 = torch.rand(40_000), torch.randn(40_000, 1, 3, dtype=torch.float64)
     exact, wrong = (flow_loss(Exact(q, clock), clock, y, tau, z0)[0] for q in (p, torch.ones(3).double() / 3))
     assert exact < wrong - 0.02
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_speed_of_the_clock_that_sees_the_embedding(share):
+    clock, t, step = Clock(1024, 64, share), torch.linspace(0.05, 0.97, 50, dtype=torch.float64), 1e-3
+    difference = (clock.tau_of_t(t + step) - clock.tau_of_t(t - step)) / (2 * step)
+    assert torch.allclose(clock.dtau_dt(t), difference, rtol=2e-2, atol=2e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flow import Clock, move, sample_flow
+from flow import Clock, corrupt, move, sample_flow
 from flowmap import (OBJECTIVES, distillation_loss, kl_to_target, off_diagonal_times, sample_flow_map,
                      semigroup_weight, softmax_and_tangent)
 
@@ -346,3 +346,14 @@ def test_sliced_head_under_autocast_gives_the_gradients_of_float32(objective, n_
         return torch.autograd.grad(loss, [p for p in model.parameters()])
     for ours, exact in zip(gradients(7 * 40, torch.bfloat16), gradients(10 ** 9, torch.float32)):
         assert (ours - exact).norm() < 0.25 * exact.norm() + 1e-4  # a lost gradient would be off by all of it
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_a_teacher_the_diagonal_learns_from_the_data(objective):
+    """Its loss is the cross-entropy of the text at its own times; the exact jumps below it are left alone."""
+    model, y, z0 = ExactFlowMap(), torch.arange(8)[:, None] % V, state(8, 1)
+    tau_s, tau_t = (torch.cat([torch.tensor([0.2, 0.7]).double(), tau]) for tau in (TAU_S, TAU_T))
+    _, loss, _ = distillation_loss(model, model, None, CLOCK, objective, y, tau_s, tau_t, z0, 2)
+    z = corrupt(model.embed.weight, y, CLOCK.t_of_tau(tau_s), z0)
+    assert torch.allclose(loss[:2, 0], F.cross_entropy(model(z, tau_s, tau_s)[:2, 0], y[:2, 0], reduction="none"))
+    assert loss[2:].abs().max() < 1e-6

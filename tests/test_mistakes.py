@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from programs import TINY, mistake, run, write_set, write_toy
+from programs import TINY, mistake, quick_run, run, write_set, write_toy
 
 import common
 import flow
@@ -358,3 +358,32 @@ def test_a_bug_keeps_its_traceback(toy, monkeypatch, tmp_path):
     monkeypatch.setattr("flow.corrupt", lambda *inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mistake(monkeypatch, "train.py", *toy[1], *TINY, f"--out_dir={tmp_path}")
+
+
+@pytest.mark.parametrize("script, key, value", [
+    ("train.py", "clock_embedding_share", 0.5), ("train.py", "beta2", 0.5), ("train.py", "gradient_accumulation_steps", 2),
+    *(("distill.py", key, value) for key, value in dict(self_distill=True, diagonal_share=0.25, full_jump_share=0.5,
+        full_jump_ramp=True, split=0.2, target_ema=True, dropout=0.2, teacher_temperature=1.2).items())])
+def test_what_a_resumed_run_may_not_change(toy, script, key, value, monkeypatch):
+    shape = TINY if script == "train.py" else ["--batch_size=8"]
+    said = mistake(monkeypatch, script, *toy[1], *shape, "--init_from=resume", f"--{key}={value}")
+    assert f"was made with {key}=" in said and "\n" not in said
+
+
+def test_a_resumed_map_of_another_flow(toy, tmp_path, monkeypatch):
+    checkpoint = torch.load(toy[0] / "out" / "flm.pt")
+    checkpoint["ema"]["embed.weight"] += 1
+    torch.save(checkpoint, tmp_path / "flm.pt")
+    said = mistake(monkeypatch, "distill.py", *toy[1], "--batch_size=8", "--init_from=resume", f"--teacher={tmp_path / 'flm.pt'}")
+    assert f"was distilled from another FLM than {tmp_path / 'flm.pt'}; start again with --init_from=scratch" in said
+
+
+@pytest.mark.parametrize("script", ["sample.py", "evaluate.py", "baselines/distill.py"])
+def test_programs_for_one_process(script):
+    assert f"{script} runs as one process; start it with python" in quick_run(script, "--device=cpu", processes=2, status=1)
+
+
+def test_resuming_on_data_of_another_size(toy, tmp_path, monkeypatch):
+    write_set(tmp_path / "data", "the cat sat on the mat. a dog ran to the red hut.\n" * 50)
+    said = mistake(monkeypatch, "train.py", *toy[1], *TINY, "--init_from=resume", f"--dataset={tmp_path / 'data'}")
+    assert said == f"error: {tmp_path / 'data'}/train.bin has 2,500 tokens, the run was started on 2,000"

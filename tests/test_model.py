@@ -4,10 +4,12 @@ model.py: every attention path gives the same values, the options do what they s
 That it computes what the authors' network computes is in test_released.py.
 """
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flow import latent_noise
 from model import FlowTransformer, ModelConfig, attend, cap, rotary_table, rotate
@@ -160,3 +162,21 @@ def test_wrong_inputs():
         network()(torch.randn(1, 7, 8), tau)
     with pytest.raises(ValueError, match="n_embd=8 must be an even multiple of n_head=3"):
         ModelConfig(**SMALL | dict(n_head=3))
+
+
+def test_dropout_is_on_both_branches_of_a_block_and_only_in_training():
+    net = network(n_layer=1, dropout=0.5)
+    z, tau, block = torch.randn(1, 6, 8), torch.tensor([0.5]), net.blocks[0]
+    for silent in (block.attn_out, block.mlp_out):                              # so that the other must show it
+        weights = copy.deepcopy(silent.state_dict())
+        for p in silent.parameters():
+            torch.nn.init.zeros_(p)
+        assert torch.equal(net.eval()(z, tau), net(z, tau)) and not torch.equal(net.train()(z, tau), net(z, tau))
+        silent.load_state_dict(weights)
+
+
+def test_every_block_begins_as_the_identity():
+    """What is left is a layer norm of the state and its positions, which have the standard deviation asked for."""
+    net, z = network(randomised=False, block_size=600, position_std=0.3), torch.randn(2, 600, 8)
+    assert net.positions.std().item() == pytest.approx(0.3, rel=0.1)
+    assert torch.equal(net(z, torch.tensor([0.1, 0.9])), F.layer_norm(z + net.positions, (8,)))

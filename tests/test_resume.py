@@ -244,3 +244,13 @@ def test_two_ctrl_c_end_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert stopped.value.code == 130
+
+
+def test_the_scale_of_float16_losses_goes_on(toy, tmp_path):
+    words = ["train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--dtype=float16"]
+    quick_run(*words, "--max_iters=1")
+    checkpoint = torch.load(tmp_path / "flm.pt")
+    checkpoint["scaler"]["scale"] = 64.0
+    torch.save(checkpoint, tmp_path / "flm.pt")
+    quick_run(*words, "--max_iters=2", "--init_from=resume")
+    assert torch.load(tmp_path / "flm.pt")["scaler"]["scale"] == 64
