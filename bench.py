@@ -216,7 +216,7 @@ STEPS = {"train": training_step, "distill": training_step, "sample": sampling_st
 
 def measure(path) -> None:
     """The whole life of a worker: prints seconds of every step, peak bytes and the machine, as JSON."""
-    machine = common.Machine(device, dtype, retain)
+    machine = common.Machine(common.with_float64(device) if command == "sample" else device, dtype, retain)
     torch.manual_seed(seed)
     with machine.autocast() if command == "sample" and path == "ours" else contextlib.nullcontext():
         step = STEPS[command](path, machine)

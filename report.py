@@ -202,7 +202,7 @@ CLAIMS = [  # of the paper but the second: what is better or no worse, and than 
 
 
 def too_easy(folder: Path, pairs: list[tuple[str, int]]) -> bool:
-    """Whether models, each at its number of steps, get all of a puzzle right."""
+    """Whether models, each at its number of steps, get as good as all of a puzzle right (ALL_RIGHT)."""
     records = [found(folder, name) for name, _ in pairs]
     return all(of and is_puzzle(of[0]) and min(scores(of, steps)[0], default=0) >= ALL_RIGHT
                for of, (_, steps) in zip(records, pairs))
@@ -214,12 +214,12 @@ def verdicts(folder: Path) -> list[tuple[str, str, str]]:
     error is enough. What is compared at the same number of steps, but easy for all of them there, is compared at the next
     smaller one that was measured; where there is none, the set is too easy to tell."""
     found_so = []
-    for claim, *pairs in CLAIMS:
-        pairs = [pairs[0], *pairs[1]]
+    for claim, ours, rivals in CLAIMS:
+        pairs = [ours, *rivals]
         if len({steps for _, steps in pairs}) == 1:
-            same = [[(name, steps) for name, _ in pairs] for steps in reversed(STEPS) if steps <= pairs[0][1]]
-            same = [found_there for found_there in same if all(scores(found(folder, name), n)[0] for name, n in found_there)]
-            pairs = next((found_there for found_there in same if not too_easy(folder, found_there)), pairs)
+            fewer = [[(name, steps) for name, _ in pairs] for steps in reversed(STEPS) if steps <= pairs[0][1]]
+            fewer = [those for those in fewer if all(scores(found(folder, name), steps)[0] for name, steps in those)]
+            pairs = next((those for those in fewer if not too_easy(folder, those)), pairs)
         entries = [entry(found(folder, name), steps) for name, steps in pairs]
         said = ", ".join(f"{SHOWN[name]} at {steps}: {words or 'not measured'}" for (name, steps), words in zip(pairs, entries))
         (values, error), *others = [scores(found(folder, name), steps) for name, steps in pairs]

@@ -5,8 +5,8 @@ self-distillation through time, duo.pt into dcd.pt by discrete consistency disti
     python baselines/distill.py --method=dcd --out_dir=out/palindromes --dataset=palindromes
 
 In rounds, as published: the student begins as its teacher, learns to do in one step what the teacher does in several
-(baselines/mdlm.py, duo.py), and becomes the teacher of the next round, with steps twice as long. Its moving average
-is the next teacher, and what is sampled: the weights themselves, at a high learning rate, get worse from round to round. After every
+(baselines/mdlm.py, duo.py), and becomes the teacher of the next round, with steps twice as long. Its moving average is that
+teacher, and what is sampled: the weights themselves, at a high learning rate, get worse from round to round. After every
 round the checkpoint is written; --init_from=resume goes on from there, so a stopped run loses at most the round it is in.
 """
 
@@ -91,7 +91,7 @@ for round_number in range(done, rounds):
         training.set_learning_rate(optimizers, training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters,
                                                                          max_iters))
         y = machine.put(data.rows(step * batch_size, batch_size))               # (B, L)
-        tau = machine.put(stratified(batch_size, common.generator(seed, common.TIMES, step)).float())      # (B,)
+        tau = machine.put(stratified(batch_size, common.generator(seed, common.TIMES, step)).float())     # (B,)
         random = common.generator(seed, common.NOISE, step, device=machine.device)
         with machine.autocast():
             loss, losses = distillation_loss(student, frozen, clock, y, tau, first_step * 2 ** round_number, random)

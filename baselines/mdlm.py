@@ -107,9 +107,9 @@ def teacher_states(teacher: FlowTransformer, z: Tensor, tau: Tensor, step: float
 
 
 def reverse_kl(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(target)), (n, 1), from logits (n, V); no gradient to the target. This
-    direction, the published one, is mode-seeking: the student says nothing that its teacher finds unlikely, and may leave out
-    what it finds likely."""
+    """KL(softmax(logits) || softmax(target)), (n, 1), from logits (n, V); no gradient to the target. This direction,
+    the published one, is mode-seeking: the student says nothing that its teacher finds unlikely, and may leave out what it
+    finds likely."""
     log_q, log_p = logits.log_softmax(-1), target.detach().log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1, keepdim=True)
 
