@@ -190,6 +190,7 @@ class Machine:
         except (RuntimeError, AssertionError):
             fail(f"device={device}: PyTorch cannot use it here; choose auto, cpu, cuda or mps")
         if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.device.index or 0)          # set_device wants a number
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():  # gloo on GPUs too: asking who was interrupted costs no sync
             try:

@@ -168,27 +168,38 @@ class NoWaiting(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("objective", [None, *OBJECTIVES])
-def test_no_step_waits_for_the_device(objective):
-    machine = common.Machine("cpu", "float32")
-    net, teacher, clock = network(flow_map=objective is not None).train(), network(), Clock(40)
-    ema, E = copy.deepcopy(net), net.embed.weight.requires_grad_(objective is None)
+def two_steps(objective, machine):
+    """A function that trains a network twice, by `objective` or, without one, as a flow."""
+    device = machine.device
+    net, teacher = network(flow_map=objective is not None).train().to(device), network().to(device)
+    ema, E, clock = copy.deepcopy(net), net.embed.weight.requires_grad_(objective is None), Clock(40, device=device)
     optimizers = training.make_optimizers(net, "adamw", 1e-3, (0.9, 0.99), 0.1, machine.dtype)
     watch, y, times = training.LossWatch(machine, "tau"), torch.randint(40, (4, 8)), torch.rand(2, 4)
-    with NoWaiting():
-        for careless in (lambda: y.sum().item(), lambda: bool(y.any()), lambda: y[y > 0]):
-            with pytest.raises(RuntimeError, match="waits for the device"):
-                careless()
+    y, times = machine.put(y), machine.put(times)
+
+    def steps():
         for step in range(2):
-            z0 = latent_noise(E, noise_factor(E, 32), lambda n: torch.randn(4, 8, n))
-            if objective is None:
-                loss, losses = flow_loss(net, clock, y, times[0], z0)
-            else:
-                loss, losses, _ = distillation_loss(net, net, teacher, clock, objective, y, *times, z0, 2)
+            z0 = latent_noise(E, noise_factor(E, 32), common.sample_normals(1, range(4), 8, device))
+            with machine.autocast():
+                if objective is None:
+                    loss, losses = flow_loss(net, clock, y, times[0], z0)
+                else:
+                    loss, losses, _ = distillation_loss(net, net, teacher, clock, objective, y, *times, z0, 2)
             loss.backward()
             watch.see(step, losses.mean(1), times[0])
             training.optimizer_step(net, optimizers, machine, 1.0)
             training.update_ema(ema, net, 0.99, step)
+    return steps
+
+
+@pytest.mark.parametrize("objective", [None, *OBJECTIVES])
+def test_no_step_waits_for_the_device(objective):
+    steps, y = two_steps(objective, common.Machine("cpu", "float32")), torch.arange(4)
+    with NoWaiting():
+        for careless in (lambda: y.sum().item(), lambda: bool(y.any()), lambda: y[y > 0]):
+            with pytest.raises(RuntimeError, match="waits for the device"):
+                careless()
+        steps()
 
 
 @pytest.mark.parametrize("L", [8, 300])

@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT
 from programs import QUICK, TINY, TORCHRUN, TWO, Fork, free_port, quick_run, run, start, write_set, write_toy
 
+import common
+
 # A config file is Python. This one gives every process a folder of its own and writes down the rows it reads.
 SPY = """
 import os as _os
@@ -175,3 +177,17 @@ def test_all_stay_until_an_interrupted_run_is_written(toy, tmp_path):
     assert (tmp_path / "flm.pt").exists()
     statuses, *_ = running.end()
     assert statuses == [130, 130]
+
+
+@pytest.mark.parametrize("device, world, taken", [("auto", 1, 0), ("cuda", 1, 0), ("cuda:1", 1, 1), ("cuda", 4, 3)])
+def test_every_process_takes_a_gpu_by_its_number(device, world, taken, monkeypatch):
+    """PyTorch's own check of what it is asked to take, on a machine that only pretends to have one."""
+    numbers = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", numbers.append, raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for name, value in (("RANK", world - 1), ("LOCAL_RANK", world - 1), ("WORLD_SIZE", world)):
+        monkeypatch.setenv(name, str(value))
+    machine = common.Machine(device, "bfloat16")
+    assert (machine.device, numbers) == (torch.device("cuda", taken), [taken])
