@@ -237,10 +237,18 @@ class Machine:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         elif self.device.type == "cpu":
-            name = f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+            name = f"{processor()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         else:
             name = self.device.type
         return f"{self.world} x {name}, {self.dtype}"
+
+
+def processor() -> str:
+    """What Linux calls it; elsewhere just "cpu"."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # no such file; no such line, as on Arm
+        return "cpu"
 
 
 def compiled(model: nn.Module, machine: Machine) -> nn.Module:

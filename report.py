@@ -130,15 +130,21 @@ def entry(records: list[dict], steps: int) -> str:
 def table(folder: Path) -> list[str]:
     lines = ["| steps | " + " | ".join(map(str, STEPS)) + " | training, core seconds | at equal time |",
              "|---" * (len(STEPS) + 3) + "|"]
+    machine = statistics.mode(record["machine"] for record in all_records(folder))  # seconds of others would mislead
     for name, title in SHOWN.items():
         if records := found(folder, name):
             cells = [entry(records, steps) for steps in STEPS]
             cells[0] += " (one for each token)" if name == "ar" else ""
-            seconds = statistics.mean(record["seconds"] for record in records)
+            seconds = [record["seconds"] for record in records if record["machine"] == machine]
             equal = found(folder, f"{name}-equal")
             longer = equal and f"{entry(equal, HEADLINE[name])} at {HEADLINE[name]}, as long as {SHOWN[EQUAL_TIME[name]]}"
             best = " (short was best)" if name in HEADLINE and records[0].get("share", 1) < 1 else ""
-            lines.append(f"| {title}{best} | {' | '.join(cells)} | {seconds:.0f} | {longer or ''} |")
+            lines.append(f"| {title}{best} | {' | '.join(cells)} | "
+                         f"{round(statistics.mean(seconds)) if seconds else ''} | {longer or ''} |")
+    others = sorted({record["machine"] for record in all_records(folder)} - {machine})
+    if others:
+        lines += ["", f"Seconds are of {machine}; those of {' and '.join(others)}, where other rows or seeds were made, are left "
+                      "out."]
     if found(folder, "mdlm"):
         lines += ["", "A step is a network evaluation, but for MDLM and SDTT, which ask the network only where a step uncovers "
                       "tokens: N steps of L tokens take N (1 - (1 - 1/N)^L) evaluations on average, and never more than L."]

@@ -103,6 +103,20 @@ def test_the_report_says_what_was_measured(tmp_path):
     assert "squared error" not in text
 
 
+def test_seconds_of_another_machine_are_left_out(tmp_path):
+    """Also where it made one of the seeds, and all of a row."""
+    folder = tmp_path / "results" / "palindromes"
+    folder.mkdir(parents=True)
+    for name, seconds, machine in (("flm-seed1", 10, "laptop"), ("flm-seed2", 20, "laptop"), ("flm-seed3", 99, "GPU"),
+                                   ("psd-seed1", 50, "laptop"), ("mse-seed1", 77, "GPU")):
+        (folder / f"{name}.json").write_text(json.dumps(measurement(128, 0.9, 0.92, seconds) | dict(machine=machine)))
+    quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'mine.md'}")
+    rows = [line.split(" | ") for line in (tmp_path / "mine.md").read_text().splitlines()]
+    seconds = {row[0]: row[8] for row in rows if len(row) == 10}
+    assert (seconds["| FLM"], seconds["| FMLM, PSD"], seconds["| FLM, squared error"]) == ("15", "50", "")
+    assert "Seconds are of laptop; those of GPU, where other rows or seeds were made" in (tmp_path / "mine.md").read_text()
+
+
 def test_a_claim_is_refuted_by_either_rival_and_not_tested_where_all_is_right(tmp_path):
     def verdict(**measured):
         for name, numbers in measured.items():
@@ -151,7 +165,7 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
     rows = [dict(entropy=value(2.0), rare_256=value(0.3, 0)), row("argmax", 3.0, 0.9, 1.0), row(0.8, 1.0, 0.2, 100.0),
             row(1.0, 3.0, 0.4, 10_000.0)]
     record = dict(rows=rows, settings=dict(scorer_samples=250), matched={"flm.pt": {"128": {"judge": value(1000.0)}}}, scorers=["judge"], seconds=5.0,
-                  vocabulary=4096, likelihoods={"flm.pt": dict(nats_per_token=value(5.5), accuracy_nearly_clean=value(0.75))})
+                  machine="laptop", vocabulary=4096, likelihoods={"flm.pt": dict(nats_per_token=value(5.5), accuracy_nearly_clean=value(0.75))})
     (folder / "flm-seed1.json").write_text(json.dumps(record | dict(val_loss=4.25)))
     (folder / "clock1-seed1.json").write_text(json.dumps(record | dict(rows=rows[:3])))
     (folder / "dense-seed1.json").write_text(json.dumps(record | dict(val_loss=4.5, likelihoods={})))
