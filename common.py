@@ -180,13 +180,18 @@ class Machine:
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             fail(f"device={device}, but this PyTorch sees no CUDA device; use --device=cpu")
+        if device.startswith("cuda:") and self.world > 1:
+            fail(f"device={device} would put all processes on one GPU; use --device=cuda")
         if device == "cuda" and self.world > 1:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+            local, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+            if local >= gpus:
+                fail(f"process {rank} is number {local} on this machine, and it sees {gpus} GPUs; start a process for each GPU")
+            device = f"cuda:{local}"
         try:
             self.device = torch.device(device)
             if self.device.type not in ("cpu", "cuda", "mps"):
                 raise RuntimeError
-            torch.empty(1, device=self.device)
+            torch.ones(1, device=self.device)  # a kernel runs, which a GPU too old for this PyTorch does not have
         except (RuntimeError, AssertionError):
             fail(f"device={device}: PyTorch cannot use it here; choose auto, cpu, cuda or mps")
         if self.device.type == "cuda":
@@ -197,7 +202,8 @@ class Machine:
                 dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                         timeout=timedelta(minutes=10))
             except (RuntimeError, ValueError) as error:
-                fail(f"process {self.rank} did not find the others ({error}); start all of them with torchrun")
+                fail(f"process {self.rank} did not find the others ({error}); start all of them with torchrun, and on several "
+                     f"machines name the network that joins them, such as GLOO_SOCKET_IFNAME=eth0")
         if self.device.type == "cpu" and retain:
             keep_memory()
         require_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
@@ -215,13 +221,13 @@ class Machine:
         return tensor.to(self.device)
 
     def total(self, tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        """The sum of a tensor over all processes, or their minimum. Exits when another process has gone: its own words
-        are the ones to read."""
+        """The sum of a tensor over all processes, or their minimum: by NCCL if it is on a GPU, else by Gloo. Exits when
+        another process has gone: its own words are the ones to read."""
         if self.world > 1:
             try:
                 dist.all_reduce(tensor, operation)
             except RuntimeError as error:
-                fail(f"process {self.rank} stops because another one did, see there ({str(error).splitlines()[0]})")
+                fail(f"process {self.rank} stops: another one ended, see there, or cannot be reached ({error})")
         return tensor
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -46,17 +46,17 @@ def require_falling(settings: dict) -> None:
 
 
 def require_alike(settings: dict, data: Data, step: int, machine: Machine, *models: nn.Module) -> None:
-    """Exits unless all processes have the same settings (places apart), data, first step and weights, of the teacher too.
-    With others their weights would drift apart, and nothing would show it."""
+    """Exits unless all processes have the same settings (places apart), data, first step, kind of device, arithmetic and
+    weights, of the teacher too. With others their weights would drift apart, and nothing would show it."""
     if machine.world == 1:
         return
     facts = [value for key, value in settings.items() if key not in PLACES]
-    facts += [data.meta["tokenizer"], len(data.tokens), step]
+    facts += [data.meta["tokenizer"], len(data.tokens), step, machine.device.type, machine.dtype]
     facts += [zlib.crc32(p.detach().cpu().numpy()) for model in models for p in model.parameters()]
     digest = float(int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4], "big"))
     low, minus_high = machine.total(torch.tensor([digest, -digest], dtype=torch.float64), dist.ReduceOp.MIN).tolist()
     if low != -minus_high:
-        fail("the processes were started with different settings, data or checkpoints; give all of them the same")
+        fail("the processes have different settings, data, checkpoints or kinds of device; give all of them the same")
 
 
 # ---------------------------------------------------------------- optimizers, schedule, moving average
@@ -187,7 +187,7 @@ class LossWatch:
     def check(self) -> None:
         """Exits if there was such a step: the process where it came up first says so. Waits for the device."""
         step, *times = self.first.tolist()
-        first = self.machine.total(self.first[0].clone(), dist.ReduceOp.MIN).item()
+        first = self.machine.total(torch.tensor(step), dist.ReduceOp.MIN).item()
         if first < math.inf:
             if step > first:
                 sys.exit(1)
@@ -230,12 +230,14 @@ def show(bins: Iterable[float | None]) -> str:
 
 class Progress:
     """Speed and time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint be written. A
-    second Ctrl-C ends at once (not under torchrun, which passes the first one on a second time)."""
+    second Ctrl-C ends at once (not under torchrun, which passes the first one on a second time). Under torchrun the end
+    of the terminal is an interrupt, too: torchrun passes it on, even where nohup had it ignored."""
 
     def __init__(self, step: int, max_iters: int, tokens_per_step: int):
         self.max_iters, self.tokens_per_step, self.interrupted, self.stopped = max_iters, tokens_per_step, False, False
         self.step, self.start, self.rate = step, time.perf_counter(), None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hang_up = dist.is_initialized() and getattr(signal, "SIGHUP", None)     # Windows has none
+        for number in (signal.SIGINT, signal.SIGTERM, *([hang_up] if hang_up else [])):
             signal.signal(number, self.stop)
 
     def stop(self, number, frame):
@@ -266,14 +268,15 @@ class Progress:
 def finish(progress: Progress, step: int, max_iters: int, path: Path, save: Callable[[], None], machine: Machine):
     """The last words of a training script: where the result is, or where an interrupted run can be taken up. All processes
     stay until the checkpoint is written: when one ends, torchrun gives the others 30 seconds."""
-    if progress.stopped and step < max_iters:
+    stopped = progress.stopped and step < max_iters
+    if stopped:
         save()
-        machine.total(torch.zeros(1))
-        if machine.main:
-            print(f"stopped at step {step}, saved {path}; continue with --init_from=resume", file=sys.stderr)
+    machine.total(torch.zeros(1))
+    if machine.main and stopped:
+        print(f"stopped at step {step}, saved {path}; continue with --init_from=resume", file=sys.stderr)
     elif machine.main:
         print(f"done: {path}")
     if machine.world > 1:
         dist.destroy_process_group()
-    if progress.stopped and step < max_iters:
+    if stopped:
         sys.exit(130)

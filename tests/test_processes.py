@@ -84,7 +84,7 @@ def test_two_agents(toy, tmp_path):
                               "--master_addr=127.0.0.1", f"--master_port={port}")) for rank in range(2)]
     said = [agent.communicate(timeout=120) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert "machine: 2 x cpu" in said[0][0] and said[1][0] == ""
+    assert "machine: 2 x " in said[0][0] and said[1][0] == ""
     assert not (tmp_path / "1").exists()
     quick_run(*command, f"--out_dir={tmp_path / 'alone'}")
     together, alone = (torch.load(tmp_path / name / "flm.pt") for name in ("0", "alone"))
@@ -124,7 +124,7 @@ def test_a_process_that_is_killed_takes_the_others_along(toy, rank, tmp_path):
     start = time.monotonic()
     statuses, _, said = running.end()
     assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1 and time.monotonic() < start + 60
-    assert f"error: process {1 - rank} stops because another one did" in said and "Traceback" not in said
+    assert f"error: process {1 - rank} stops: another one ended, see there" in said and "Traceback" not in said
 
 
 def test_a_full_disk_ends_all(toy, tmp_path):
@@ -134,7 +134,7 @@ def test_a_full_disk_ends_all(toy, tmp_path):
     said = quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2", processes=2,
                      status=1)
     assert f"error: cannot write {tmp_path / 'flm.pt'} (No space left on device)" in said
-    assert "error: process 1 stops because another one did" in said and "Traceback" not in said
+    assert "error: process 1 stops: another one ended, see there" in said and "Traceback" not in said
 
 
 def test_micro_steps_must_go_round(toy):
@@ -148,7 +148,7 @@ def test_processes_must_be_started_alike(toy, tmp_path):
     config.write_text("import os as _os\nlearning_rate = 0.01 if _os.environ['RANK'] == '1' else 0.02\n")
     said = quick_run("train.py", config, *toy[1], *TINY, f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2",
                      processes=2, status=1)
-    assert ("error: the processes were started with different settings, data or checkpoints; give all of them the same"
+    assert ("error: the processes have different settings, data, checkpoints or kinds of device; give all of them the same"
             in said)
     assert not (tmp_path / "flm.jsonl").exists()
 
@@ -162,7 +162,7 @@ def test_processes_must_have_the_same_teacher(toy, tmp_path):
                                         f"if _os.environ['RANK'] == '1': teacher = {str(tmp_path / 'flm.pt')!r}\n")
     said = quick_run("distill.py", tmp_path / "config.py", *toy[1], "--batch_size=8", f"--out_dir={tmp_path}",
                      "--gradient_accumulation_steps=2", processes=2, status=1)
-    assert "error: the processes were started with different settings, data or checkpoints" in said
+    assert "error: the processes have different settings, data, checkpoints or kinds of device" in said
 
 
 def test_all_stay_until_an_interrupted_run_is_written(toy, tmp_path):
@@ -184,10 +184,17 @@ def test_every_process_takes_a_gpu_by_its_number(device, world, taken, monkeypat
     """PyTorch's own check of what it is asked to take, on a machine that only pretends to have one."""
     numbers = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: None)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", numbers.append, raising=False)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for name, value in (("RANK", world - 1), ("LOCAL_RANK", world - 1), ("WORLD_SIZE", world)):
         monkeypatch.setenv(name, str(value))
     machine = common.Machine(device, "bfloat16")
     assert (machine.device, numbers) == (torch.device("cuda", taken), [taken])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(SystemExit, match="is number 5 on this machine, and it sees 4 GPUs; start a process for each GPU"):
+        common.Machine("auto", "bfloat16")
+    with pytest.raises(SystemExit, match="device=cuda:1 would put all processes on one GPU; use --device=cuda"):
+        common.Machine("cuda:1", "bfloat16")

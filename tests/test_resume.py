@@ -81,7 +81,8 @@ def test_killed_at_a_random_moment(toy, undisturbed, script, processes, tmp_path
 
 
 @pytest.mark.parametrize("script, processes, number", [
-    ("train.py", 1, signal.SIGINT), ("distill.py", 1, signal.SIGTERM), ("train.py", 2, signal.SIGINT)])
+    ("train.py", 1, signal.SIGINT), ("distill.py", 1, signal.SIGTERM), ("train.py", 2, signal.SIGINT),
+    ("train.py", 2, signal.SIGHUP)])
 def test_interrupted(toy, undisturbed, script, processes, number, tmp_path):
     """Ctrl-C or SIGTERM (of torchrun, where there are several processes) finishes the step, writes a checkpoint, says
     where, and ends with a status that is not 0."""
