@@ -173,7 +173,8 @@ class Machine:
 
     def __init__(self, device: str, dtype: str, retain: bool = True):
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        local = os.environ.get("LOCAL_RANK", rank)
+        if not (rank.isdecimal() and world.isdecimal() and local.isdecimal() and int(rank) < int(world)):
             fail(f"RANK={rank} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or unset both")
         self.rank, self.world, self.main = int(rank), int(world), int(rank) == 0
         if device == "auto":
@@ -183,8 +184,8 @@ class Machine:
         if device.startswith("cuda:") and self.world > 1:
             fail(f"device={device} would put all processes on one GPU; use --device=cuda")
         if device == "cuda" and self.world > 1:
-            local, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
-            if local >= gpus:
+            gpus = torch.cuda.device_count()
+            if int(local) >= gpus:
                 fail(f"process {rank} is number {local} on this machine, and it sees {gpus} GPUs; start a process for each GPU")
             device = f"cuda:{local}"
         try:
@@ -192,8 +193,9 @@ class Machine:
             if self.device.type not in ("cpu", "cuda", "mps"):
                 raise RuntimeError
             torch.ones(1, device=self.device)  # a kernel runs, which a GPU too old for this PyTorch does not have
-        except (RuntimeError, AssertionError):
-            fail(f"device={device}: PyTorch cannot use it here; choose auto, cpu, cuda or mps")
+        except (RuntimeError, AssertionError) as error:
+            why = f" ({str(error).splitlines()[0]})" if device.startswith("cuda") and str(error) else ""
+            fail(f"device={device}: PyTorch cannot use it here{why}; choose auto, cpu, cuda or mps")
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.device.index or 0)          # set_device wants a number
             torch.cuda.set_device(self.device)

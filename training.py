@@ -56,7 +56,7 @@ def require_alike(settings: dict, data: Data, step: int, machine: Machine, *mode
     digest = float(int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4], "big"))
     low, minus_high = machine.total(torch.tensor([digest, -digest], dtype=torch.float64), dist.ReduceOp.MIN).tolist()
     if low != -minus_high:
-        fail("the processes have different settings, data, checkpoints or kinds of device; give all of them the same")
+        fail("the processes have different settings, data, checkpoints, arithmetic or kinds of device; give all of them the same")
 
 
 # ---------------------------------------------------------------- optimizers, schedule, moving average

@@ -148,7 +148,7 @@ def test_processes_must_be_started_alike(toy, tmp_path):
     config.write_text("import os as _os\nlearning_rate = 0.01 if _os.environ['RANK'] == '1' else 0.02\n")
     said = quick_run("train.py", config, *toy[1], *TINY, f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2",
                      processes=2, status=1)
-    assert ("error: the processes have different settings, data, checkpoints or kinds of device; give all of them the same"
+    assert ("error: the processes have different settings, data, checkpoints, arithmetic or kinds of device; give all of them the same"
             in said)
     assert not (tmp_path / "flm.jsonl").exists()
 
@@ -162,21 +162,33 @@ def test_processes_must_have_the_same_teacher(toy, tmp_path):
                                         f"if _os.environ['RANK'] == '1': teacher = {str(tmp_path / 'flm.pt')!r}\n")
     said = quick_run("distill.py", tmp_path / "config.py", *toy[1], "--batch_size=8", f"--out_dir={tmp_path}",
                      "--gradient_accumulation_steps=2", processes=2, status=1)
-    assert "error: the processes have different settings, data, checkpoints or kinds of device" in said
+    assert "error: the processes have different settings, data, checkpoints, arithmetic or kinds of device" in said
 
 
-def test_all_stay_until_an_interrupted_run_is_written(toy, tmp_path):
+@pytest.mark.parametrize("interrupted, status", [(True, 130), (False, 0)])
+def test_all_stay_until_the_last_checkpoint_is_written(toy, interrupted, status, tmp_path):
     """torchrun kills the others half a minute after one has ended, and the disk may be slow."""
     (tmp_path / "config.py").write_text("import storage as _storage, time as _time\n_save = _storage.save_checkpoint\n"
                                         "_storage.save_checkpoint = lambda *rest: (_time.sleep(1), _save(*rest))\n")
-    running = Fork("train.py", tmp_path / "config.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1000000",
-                   "--log_interval=1", "--eval_interval=1000000", "--gradient_accumulation_steps=2", processes=2)
-    wait_for_steps(running, tmp_path / "flm.jsonl")
-    os.kill(running.processes[1].pid, signal.SIGTERM)
+    running = Fork("train.py", tmp_path / "config.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--log_interval=1",
+                   f"--max_iters={1000000 if interrupted else 4}", "--eval_interval=1000000",
+                   "--gradient_accumulation_steps=2", processes=2)
+    if interrupted:
+        wait_for_steps(running, tmp_path / "flm.jsonl")
+        os.kill(running.processes[1].pid, signal.SIGTERM)
     running.processes[1].join(60)
     assert (tmp_path / "flm.pt").exists()
     statuses, *_ = running.end()
-    assert statuses == [130, 130]
+    assert statuses == [status, status]
+
+
+def test_other_arithmetic_elsewhere_is_refused(toy, tmp_path):
+    """As where one machine of two multiplies bfloat16 and the other does not."""
+    (tmp_path / "config.py").write_text("import common as _common, os as _os\n"
+                                        "_common.fast_dtype = lambda _: ('float32', 'bfloat16')[int(_os.environ['RANK'])]\n")
+    said = quick_run("train.py", tmp_path / "config.py", *toy[1], *TINY, "--dtype=auto", f"--out_dir={tmp_path}",
+                     "--gradient_accumulation_steps=2", processes=2, status=1)
+    assert "error: the processes have different settings, data, checkpoints, arithmetic or kinds of device" in said
 
 
 @pytest.mark.parametrize("device, world, taken", [("auto", 1, 0), ("cuda", 1, 0), ("cuda:1", 1, 1), ("cuda", 4, 3)])
@@ -198,3 +210,11 @@ def test_every_process_takes_a_gpu_by_its_number(device, world, taken, monkeypat
         common.Machine("auto", "bfloat16")
     with pytest.raises(SystemExit, match="device=cuda:1 would put all processes on one GPU; use --device=cuda"):
         common.Machine("cuda:1", "bfloat16")
+
+
+def test_the_processor_has_a_name(monkeypatch):
+    for text, name in (("flags: a\nmodel name\t: Some CPU 9\nmodel name\t: Some CPU 9\n", "Some CPU 9"), ("flags: a\n", "cpu")):
+        monkeypatch.setattr(common.Path, "read_text", lambda path: text)
+        assert common.processor() == name
+    monkeypatch.setattr(common, "Path", lambda name: open("/no such file"))
+    assert common.processor() == "cpu"
