@@ -56,7 +56,8 @@ LONG = 4                         # times the steps of psd has psd-long: what the
 ABLATIONS = [*SHORT, "mse", "noclock", "dense", "psd-long"]
 SETS = {  # positions of the size of the embedding's rows for models that read clean tokens, as in GPT-2
     "palindromes": dict(config="palindromes", iters=1000, distill_iters=5500, tuning=1 / 4, position_std=0.2, samples=2000,
-                        batch=128, optimizer="muon", models=(ALL, ABLATIONS), shape=(),
+                        batch=128, optimizer="muon", shape=(),
+                        models=(ALL, [name for name in ABLATIONS if name != "dense"]),      # V < d: noise has V dimensions
                         judging=("--temperatures=argmax,0.3,0.5,1",)),
     "pydocs": dict(config="pydocs", iters=3000, distill_iters=1500, tuning=1 / 2, position_std=0.03, samples=1000, batch=64,
                    optimizer="adamw", models=(ALL, [*CLOCKS, *ABLATIONS]),      # masked ones learn nothing for 1,000 steps

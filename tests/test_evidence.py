@@ -47,11 +47,11 @@ def test_equal_time_is_that_of_the_rival_and_of_the_teachers(tmp_path, monkeypat
     folder = tmp_path / "results" / "palindromes"
     folder.mkdir(parents=True)
     taken = {"flm": 3, "mdlm": 2, "duo": 4, "psd": 22, "sdtt": 12, "dcd": 9}
-    rest = ("ar", "gamma", "psd-long", *SHORT, "mse", "noclock", "dense")
+    rest = ("ar", "gamma", "psd-long", *SHORT, "mse", "noclock")
     for name, seconds in (taken | dict.fromkeys(rest, 1)).items():
         record = measurement(1, 0.5, 0.6, seconds) | dict(share=4 if name == "psd-long" else 0.25 if name in SHORT else 1)
         steps = {"ar": "1", "gamma": "8,32,128"} | dict.fromkeys(("psd-long", *SHORT), "1,2,4")
-        steps |= dict.fromkeys(("mse", "noclock", "dense"), "1,2,4,8,128")
+        steps |= dict.fromkeys(("mse", "noclock"), "1,2,4,8,128")
         record["settings"]["steps"] = steps.get(name, ",".join(map(str, STEPS)))
         (folder / f"{name}-seed1.json").write_text(json.dumps(record))
     rates = {name: {rate: float(rate != "0.002") for rate in ("0.001", "0.002", "0.004")} for name in
@@ -313,12 +313,12 @@ def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path
     go()
     once = len(programs.started)
     measured = sorted(path.stem for path in (tmp_path / "results" / "palindromes").glob("*-seed*.json"))
-    assert len(measured) == 17 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
-    # three rates of 13 methods (dense and flm_published take flm's), then 11 + 6 + 4 models, the short ones being those of the
+    assert len(measured) == 16 + 7 + 4 and "psd-seed2" in measured and "sdtt-equal-seed1" in measured
+    # three rates of 13 methods (flm_published takes flm's), then 10 + 6 + 4 models, the short ones being those of the
     # best rate, half the rate for three whole distillations, and a long one; evaluations: two rates of seven distilled ones,
     # and of three of them whole, every model, and the flow of each of two seeds by another sampler
-    assert programs.started.count("evaluate.py") == 14 + 6 + 26 + 2
-    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 39 + 3 + 21
+    assert programs.started.count("evaluate.py") == 14 + 6 + 25 + 2
+    assert once - 1 - programs.started.count("evaluate.py") - programs.started.count("data/palindromes/prepare.py") == 39 + 3 + 20
     rates = json.loads((tmp_path / "results" / "palindromes" / "rates.json").read_text())
     assert rates["flm"]["0.004"] == math.inf and min(rates["flm"], key=rates["flm"].get) == "0.002"
     assert json.loads((tmp_path / "results" / "palindromes" / "sdtt-seed1.json").read_text())["learning_rate"] == 0.002
