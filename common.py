@@ -175,7 +175,8 @@ class Machine:
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         local = os.environ.get("LOCAL_RANK", rank)
         if not (rank.isdecimal() and world.isdecimal() and local.isdecimal() and int(rank) < int(world)):
-            fail(f"RANK={rank} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or unset both")
+            fail(f"RANK={rank}, LOCAL_RANK={local} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or "
+                 f"unset all three")
         self.rank, self.world, self.main = int(rank), int(world), int(rank) == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -286,12 +286,14 @@ def test_a_process_alone_in_its_group(toy, monkeypatch, tmp_path):
     assert "); start all of them with torchrun, and on several machines name" in said and "\n" not in said
 
 
-@pytest.mark.parametrize("rank, world", [("1", "1"), ("0", "abc"), ("-1", "2"), ("0", "0")])
-def test_impossible_processes(rank, world, toy, monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world)
+@pytest.mark.parametrize("rank, local, world", [("1", "1", "1"), ("0", "0", "abc"), ("-1", "0", "2"), ("0", "0", "0"),
+                                                ("0", "x", "1")])
+def test_impossible_processes(rank, local, world, toy, monkeypatch, tmp_path):
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", world)):
+        monkeypatch.setenv(name, value)
     assert mistake(monkeypatch, "train.py", *toy[1], f"--out_dir={tmp_path}") == (
-        f"error: RANK={rank} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or unset both")
+        f"error: RANK={rank}, LOCAL_RANK={local} and WORLD_SIZE={world} make no sense; start the processes with torchrun, or unset "
+        f"all three")
 
 
 def test_enough_cases():
