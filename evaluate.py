@@ -118,18 +118,14 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
 
 def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
     """The pairs (temperature, noise scale) to sample this kind of model at: (default, sweep). The default is left out where
-    temperatures are given without it, except of a map with noise_scales. The sweep is in the order in which entropy should
-    rise. With noise_scales the last guess of a map is always an argmax; less noise makes its texts more diverse, and a
-    temperature below 1 in the guesses before makes them less so, or, in one step, which has none before, more noise."""
+    temperatures are given without it, except of a map with noise_scales. The sweep is that of metrics.py."""
     usual = [("argmax" if kind in FLOWS else 1.0, 1.0)]
+    swept = metrics.sweep(kind, n_steps, drawn_at, scales)
     if kind == "fmlm" and scales:
-        colder = [(temperature, 1.0) for temperature in drawn_at if temperature < 1 < n_steps]
-        swept = colder + [("argmax", scale) for scale in reversed(scales) if scale <= 1 or n_steps == 1]
         unused = [x for x in drawn_at if (x, 1.0) not in swept], [x for x in scales if ("argmax", x) not in swept]
         if any(unused):
             print(f"{kind}, {n_steps} steps: not for its sweep are temperatures {unused[0]} and noise scales {unused[1]}")
         return usual, swept
-    swept = [(temperature, 1.0) for temperature in drawn_at]
     return [way for way in usual if way in swept or way[0] in words or not swept], swept
 
 

@@ -8,13 +8,13 @@
 It runs train.py, distill.py, baselines/distill.py and evaluate.py and nothing else; report.py says what came out. What is
 finished is never run again: a measurement is a file in results/<set>/ (made anew where it was made with other settings), a
 model a checkpoint in `work`; so it can be stopped at any time. The learning rate of every method is the best of the same
-three, and, where the best is at an end, of further ones by factors of two (4,096 byte pairs: those of 1,024): by
-validation loss after a part of the steps, or, for distilled models, by what they are for at their headline number of steps
-after the same part of the distillation. The objectives of distillation are compared after that part: with the published
-mix of times, since ours was found for one of them, and on a flow with the published time scale, since two of them
-differentiate in time. Over its whole length distillation may want a lower rate, so half of it is tried as well; and where
-the short run was better than both, it is what is shown. One flow map is distilled for four times as long, at the rate of
-the whole.
+three, and, where the best is at an end, of further ones by factors of two (4,096 byte pairs: those of 1,024; flows with
+another clock or time scale: that of the flow): by validation loss after a part of the steps, or, for distilled models,
+by what they are for at their headline number of steps after the same part of the distillation. The objectives of
+distillation are compared after that part: with the published mix of times, since ours was found for one of them, and on
+a flow with the published time scale, since two of them differentiate in time. Over its whole length distillation may
+want a lower rate, so half of it is tried as well; and where the short run was better than both, it is what is shown. One
+flow map is distilled for four times as long, at the rate of the whole.
 """
 
 import json
@@ -45,7 +45,7 @@ common.require_in(settings, "[1, inf)", "seeds")
 TRAINED = ("ar", "mdlm", "duo", "flm", "mse", "noclock", "dense", "clock0", "clock1", "flm_published")
 TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "self": "flm", "psd_published": "flm_published",
            "lsd_published": "flm_published", "esd_published": "flm_published"}
-LIKE_FLM = {"dense": [], "clock0": ["--clock_embedding_share=0"], "clock1": ["--clock_embedding_share=1"],
+LIKE_FLM = {"clock0": ["--clock_embedding_share=0"], "clock1": ["--clock_embedding_share=1"],
             "flm_published": ["--time_scale=1"]}                                # of its rate, and with these words
 PUBLISHED = ["--diagonal_share=0.5", "--full_jump_share=0.03125", "--full_jump_ramp=false", "--split=0.5",
              "--teacher_temperature=1"]
@@ -108,14 +108,14 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0) -
     part = {1: "", about["tuning"]: "-tuning", LONG: "-long"}.get(share, "-equal-time")
     folder = Path(work) / dataset / f"seed{seed}" / f"rate-{rate:g}{part}"
     path = folder / f"{name}.pt"
-    if LIKE_FLM.get(name) or name in TEACHER and name not in ("sdtt", "dcd"):
+    if name in LIKE_FLM or name in TEACHER and name not in ("sdtt", "dcd"):
         path = folder / name / ("flm.pt" if name in LIKE_FLM else "fmlm.pt")
     teacher = teacher_of(name, dataset, seed)[0] if name in TEACHER else None
     words = [f"--out_dir={path.parent}", f"--dataset={dataset}", f"--learning_rate={rate}", f"--seed={seed}",
              f"--max_iters={int((about['distill_iters'] if teacher else about['iters']) * share)}"]
     if name in TRAINED:
         clean = [f"--position_std={about['position_std']}"] if name in ("ar", "mdlm", "duo") else []
-        method = ["--method=flm", *LIKE_FLM[name]] if LIKE_FLM.get(name) else [f"--method={name}"]
+        method = ["--method=flm", *LIKE_FLM[name]] if name in LIKE_FLM else [f"--method={name}"]
         words = ["train.py", f"config/{about['config']}.py", *method, *about["shape"], *clean, *words]
     elif name in ("sdtt", "dcd"):
         words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}", f"--batch_size={about['batch']}",
@@ -231,8 +231,7 @@ def evaluate(checkpoint: Path, dataset: str, steps: int | str, ours_only: bool =
 
 
 def run_of(label: str, dataset: str) -> tuple[float, float]:
-    """Learning rate and share of the steps of a row. `dense` has the expected loss of `flm`, and clocks and time scales are to
-    be compared at the same rate: all as `flm`."""
+    """Learning rate and share of the steps of a row. Clocks and time scales are compared at one rate, that of `flm`."""
     name, _, length = label.partition("-")
     if length == "short":
         return best_rate(name, dataset), SETS[dataset]["tuning"]
@@ -274,6 +273,7 @@ def measure(dataset: str) -> None:
         steps = str(HEADLINE[name]) if length == "equal" else steps_of(label, seed, first, dataset == "palindromes")
         if measured_so(read(out), [f"--steps={steps}", *judging_words(dataset), *more], rate, share):
             continue
+        require_same_judge(dataset)
         checkpoint, training = model(trained, dataset, seed, rate, share)
         require(training["finished"], checkpoint.with_suffix(".log"))
         record = evaluate(checkpoint, dataset, steps, more=more)
@@ -306,8 +306,6 @@ def equal_time(dataset: str, name: str) -> float:
 wanted, folder = sets.split(","), Path(results)
 for dataset in wanted:
     common.require_choice("sets", dataset, SETS)
-for dataset in wanted if not report else ():
-    require_same_judge(dataset)
 for dataset in wanted if not report else ():
     measure(dataset)
 if not measured_sets(folder):

@@ -196,6 +196,16 @@ def entropy_matched(entropies: ndarray, log_perplexities: ndarray, target: float
     return None
 
 
+def sweep(kind: str, steps: int, temperatures: list[float], noise_scales: list[float]) -> list[tuple]:
+    """The pairs (temperature, noise scale) of a sweep, in the order in which entropy should rise; both lists rise. With
+    noise_scales the last guess of a flow map ("fmlm") is always an argmax; less noise makes its texts more diverse, and a
+    temperature below 1 in the guesses before makes them less so, or, in one step, which has none before, more noise."""
+    if kind == "fmlm" and noise_scales:
+        return ([(temperature, 1.0) for temperature in temperatures if temperature < 1 < steps] +
+                [("argmax", scale) for scale in reversed(noise_scales) if scale <= 1 or steps == 1])
+    return [(temperature, 1.0) for temperature in temperatures]
+
+
 def around(temperatures: list, entropies: list[float], target: float, error: float) -> list:
     """Of a sweep over rising temperatures, those that `entropy_matched` needs: neighbours with the target between their
     entropies, or within the error of it. The nearest two where it is beyond the sweep."""

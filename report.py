@@ -8,6 +8,7 @@ wrote it, with its learning rate and the core seconds it was trained.
 import json
 import math
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ SHOWN = {"ar": "autoregressive", "mdlm": "MDLM", "sdtt": "SDTT", "duo": "Duo", "
          "lsd_published-short": "FMLM, LSD, short, published mix",
          "esd_published-short": "FMLM, ESD, short, published mix",
          "mse": "FLM, squared error", "noclock": "FLM, no clock", "dense": "FLM, V-dimensional noise"}
-CLOCKS = {"clock0": "published: reads V coordinates", "flm": "mean of both", "clock1": "reads d coordinates"}
+CLOCKS = {"clock0": "published: reads V coordinates", "flm": "mean of both, as above", "clock1": "reads d coordinates"}
 SHORT = ("psd-short", "self-short", *(f"{name}_published-short" for name in ("psd", "lsd", "esd")))  # as where rates are chosen
 ALL_RIGHT = 0.995                # share of valid texts from which on a puzzle tells nothing
 DIFFERENT, UNEVEN = 0.95, 0.1    # of puzzles: the share of different texts at least, the KL of the letters in nats at most
@@ -84,20 +85,25 @@ def values_and_error(have: list[dict]) -> tuple[list[float], float]:
 
 
 def at_rare_share(record: dict, steps: int) -> dict | None:
-    """The perplexity under the last scorer at held-out text's share of rare tokens, value, low and high, from the sweep:
-    without, except of a flow map, the row of the usual sampler. The interval comes from those of the rows, as if they were
-    normal and independent."""
-    rows = [row for row in record["rows"][1:] if row["steps"] == steps and not is_puzzle(record)]
-    drawn = [row for row in rows if row["temperature"] != "argmax" or row["kind"] == "fmlm"] or rows
-    if not drawn:
+    """The perplexity under the last scorer at held-out text's share of rare tokens, value, low and high, between two neighbours
+    of the sweep; None where no two measured ones have it between them. The interval comes from those of the rows, as if they
+    were normal and independent."""
+    of_way = {(row["temperature"], row.get("noise_scale", 1.0)): row for row in record["rows"][1:] if row["steps"] == steps}
+    if is_puzzle(record) or not of_way:
         return None
-    measured = [(row["rare_256"], row[f"perplexity {record['scorers'][-1]}"]) for row in drawn]
-    measured.sort(key=lambda pair: pair[0]["value"])
-    value, low, high = (np.array([[x[key] for x in pair] for pair in measured]) for key in ("value", "low", "high"))    # (k, 2)
+    temperatures, scales = ([float(x) for x in record["settings"][key].split(",") if x not in ("", "argmax")]
+                            for key in ("temperatures", "noise_scales"))
+    swept = metrics.sweep(record["rows"][-1]["kind"], steps, temperatures, scales)      # of which evaluate.py judged some
+    pairs = [pair for pair in pairwise(swept) if all(way in of_way for way in pair)]
+    if not pairs:
+        return None
+    value, low, high = (np.array([[[of_way[way][what][key] for what in ("rare_256", f"perplexity {record['scorers'][-1]}")]
+                                   for way in pair] for pair in pairs]) for key in ("value", "low", "high"))    # (k, 2, 2)
 
-    def at(rows):
-        found = metrics.entropy_matched(rows[:, 0], np.log(rows[:, 1].clip(1)), record["rows"][0]["rare_256"]["value"])
-        return math.nan if found is None else math.exp(found)
+    def at(values):
+        target = record["rows"][0]["rare_256"]["value"]
+        found = (metrics.entropy_matched(pair[:, 0], np.log(pair[:, 1].clip(1)), target) for pair in values)
+        return next((math.exp(x) for x in found if x is not None), math.nan)
     if math.isnan(at(value)):
         return None
     normal = np.random.default_rng(0).normal(size=(500, *value.shape))
@@ -143,8 +149,7 @@ def table(folder: Path) -> list[str]:
                          f"{round(statistics.mean(seconds)) if seconds else ''} | {longer or ''} |")
     others = sorted({record["machine"] for record in all_records(folder)} - {machine})
     if others:
-        lines += ["", f"Seconds are of {machine}; those of {' and '.join(others)}, where other rows or seeds were made, are left "
-                      "out."]
+        lines += ["", f"Seconds are those of runs on {machine}; runs on {' and '.join(others)} are not counted."]
     if found(folder, "mdlm"):
         lines += ["", "A step is a network evaluation, but for MDLM and SDTT, which ask the network only where a step uncovers "
                       "tokens: N steps of L tokens take N (1 - (1 - 1/N)^L) evaluations on average, and never more than L."]
@@ -153,32 +158,38 @@ def table(folder: Path) -> list[str]:
 
 def rare_entry(records: list[dict], steps: int) -> str:
     values, error = values_and_error([x for record in records if (x := at_rare_share(record, steps))])
-    return f"{statistics.mean(values):.0f} ± {error:.0f}" if values else ""
+    if not values:
+        return "not reached" if any(row.get("steps") == steps for record in records for row in record["rows"]) else ""
+    return f"{statistics.mean(values):.0f} ± {error:.0f}"
 
 
 def rare_table(folder: Path) -> list[str]:
-    """The same where the texts have as many rare tokens as held-out text, of which their entropy does not tell."""
-    lines = ["", "Perplexity at its share of rare tokens instead, those outside the 256 most common:", "",
+    """The same where the texts have as many rare tokens as held-out text, of which their entropy does not tell; nothing of a
+    puzzle."""
+    if is_puzzle(all_records(folder)[0]):
+        return []
+    lines = ["", "Perplexity at held-out text's share of rare tokens, those outside the 256 most common, instead of at its entropy:",
+             "",
              "| steps | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
     for name, title in SHOWN.items():
         cells = [rare_entry(found(folder, name), steps) for steps in STEPS]
         if any(cells):
             cells[0] += " (one for each token)" if name == "ar" else ""
             lines.append(f"| {title} | {' | '.join(cells)} |")
-    return lines if len(lines) > 5 else []
+    return lines
 
 
 def clock_table(folder: Path) -> list[str]:
     """What a clock does to text at 128 steps and to likelihood, of seed 1; nothing where no clocks were compared."""
     if not any(found(folder, name) for name in CLOCKS if name != "flm"):
         return []
-    lines = ["", "| clock of the FLM, seed 1 | perplexity at the entropy of held-out text | at its share of rare tokens | "
-                 "held-out text, nats a token, at most | right in almost no noise |", "|---|---|---|---|---|"]
+    lines = ["", "| clock of the FLM, 128 steps, seed 1 | perplexity at equal entropy | at an equal share of rare tokens | "
+                 "held-out text, nats a token, at most | tokens right in almost no noise |", "|---|---|---|---|---|"]
     for name, title in CLOCKS.items():
         if records := found(folder, name)[:1]:
             likelihood = next(iter(records[0]["likelihoods"].values()))
             nats = likelihood["nats_per_token"]
-            lines.append(f"| {title} | {entry(records, 128)} | {rare_entry(records, 128) or 'not reached'} "
+            lines.append(f"| {title} | {entry(records, 128)} | {rare_entry(records, 128)} "
                          f"| {nats['value']:.3f} ± {(nats['high'] - nats['low']) / 2:.3f} "
                          f"| {likelihood['accuracy_nearly_clean']['value']:.1%} |")
     return lines
@@ -191,8 +202,8 @@ def noise_line(folder: Path) -> list[str]:
     if not (ours and dense):
         return []
     seeds = f"; with other seeds {' and '.join(f'{loss:.3f}' for loss in ours[1:])}" if len(ours) > 1 else ""
-    return ["", f"Validation loss of the FLM after the same steps: {ours[0]:.3f} with noise drawn in d dimensions, "
-                f"{dense[0]:.3f} with noise drawn in V (seed 1{seeds})."]
+    return ["", f"Validation loss of the FLM after the same steps, at the best learning rate of each: {ours[0]:.3f} with noise "
+                f"drawn in d dimensions, {dense[0]:.3f} with noise drawn in V (seed 1{seeds})."]
 
 
 MATCHES = "a flow matches discrete diffusion at many steps"

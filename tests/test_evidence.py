@@ -114,7 +114,7 @@ def test_seconds_of_another_machine_are_left_out(tmp_path):
     rows = [line.split(" | ") for line in (tmp_path / "mine.md").read_text().splitlines()]
     seconds = {row[0]: row[8] for row in rows if len(row) == 10}
     assert (seconds["| FLM"], seconds["| FMLM, PSD"], seconds["| FLM, squared error"]) == ("15", "50", "")
-    assert "Seconds are of laptop; those of GPU, where other rows or seeds were made" in (tmp_path / "mine.md").read_text()
+    assert "Seconds are those of runs on laptop; runs on GPU are not counted." in (tmp_path / "mine.md").read_text()
 
 
 def test_a_claim_is_refuted_by_either_rival_and_not_tested_where_all_is_right(tmp_path):
@@ -159,12 +159,13 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
     def value(x, half=0.25):
         return dict(value=x, low=x - half, high=x + half)
 
-    def row(temperature, entropy, rare, perplexity, kind="flm"):
+    def row(temperature, entropy, rare, perplexity, kind="flm", **noise):
         return {"kind": kind, "steps": 128, "temperature": temperature, "entropy": value(entropy), "rare_256": value(rare, 0),
-                "perplexity judge": value(perplexity, 0.04 * perplexity), "different": value(1.0), "samples": 1000}
+                "perplexity judge": value(perplexity, 0.04 * perplexity), "different": value(1.0), "samples": 1000} | noise
+    settings = dict(scorer_samples=250, temperatures="argmax,0.5,0.65,0.8,1", noise_scales="0.8,0.9,1")
     rows = [dict(entropy=value(2.0), rare_256=value(0.3, 0)), row("argmax", 3.0, 0.9, 1.0), row(0.8, 1.0, 0.2, 100.0),
             row(1.0, 3.0, 0.4, 10_000.0)]
-    record = dict(rows=rows, settings=dict(scorer_samples=250), matched={"flm.pt": {"128": {"judge": value(1000.0)}}}, scorers=["judge"], seconds=5.0,
+    record = dict(rows=rows, settings=settings, matched={"flm.pt": {"128": {"judge": value(1000.0)}}}, scorers=["judge"], seconds=5.0,
                   machine="laptop", vocabulary=4096, likelihoods={"flm.pt": dict(nats_per_token=value(5.5), accuracy_nearly_clean=value(0.75))})
     (folder / "flm-seed1.json").write_text(json.dumps(record | dict(val_loss=4.25)))
     (folder / "clock1-seed1.json").write_text(json.dumps(record | dict(rows=rows[:3])))
@@ -174,15 +175,20 @@ def test_the_report_compares_clocks_and_noise(tmp_path):
     text = readme.read_text()
     assert ("V = 4,096, perplexity under judge at the entropy of held-out text, 1,000 samples (of which the judge reads 250): "
             "smaller is better") in text
-    error = re.search(r"\| mean of both \| 1000 ± 0 \| 1000 ± (\d+) \| 5.500 ± 0.250 \| 75.0% \|", text)[1]
+    error = re.search(r"\| mean of both, as above \| 1000 ± 0 \| 1000 ± (\d+) \| 5.500 ± 0.250 \| 75.0% \|", text)[1]
     assert int(error) == pytest.approx(1000 * 0.04 / 2 ** 0.5, rel=0.1)
     assert "| reads d coordinates | 1000 ± 0 | not reached | 5.500 ± 0.250 | 75.0% |" in text
-    assert "4.250 with noise drawn in d dimensions, 4.500 with noise drawn in V (seed 1)." in text and "**" not in text.split("seed 1")[1]
-    scaled = [row("argmax", 2.0, 0.2, 100.0, "fmlm"), row("argmax", 2.5, 0.4, 2500.0, "fmlm"), row(0.5, 1.8, 0.1, 10.0, "fmlm")]
+    assert "of each: 4.250 with noise drawn in d dimensions, 4.500 with noise drawn in V (seed 1)." in text
+    assert "**" not in text.split("seed 1")[1]
+    scaled = [row("argmax", 2.0, 0.2, 100.0, "fmlm"), row("argmax", 2.5, 0.4, 2500.0, "fmlm", noise_scale=0.9),
+              row(0.5, 1.8, 0.1, 10.0, "fmlm")]
     (folder / "psd-seed1.json").write_text(json.dumps(record | dict(rows=[rows[0], *scaled])))  # by noise and cold
+    scaled = [row("argmax", 2.0, 0.2, 100.0, "fmlm"), row("argmax", 2.5, 0.4, 2500.0, "fmlm", noise_scale=0.8)]
+    (folder / "psd-long-seed1.json").write_text(json.dumps(record | dict(rows=[rows[0], *scaled])))  # what is between was not judged
     quick_run("evidence.py", "--report", f"--results={tmp_path / 'results'}", f"--readme={readme}")
     assert ("| steps | 1 | 2 | 4 | 8 | 16 | 32 | 128 |\n|---|---|---|---|---|---|---|---|\n"
             "| FLM |  |  |  |  |  |  | 1000 |\n| FMLM, PSD |  |  |  |  |  |  | 500 |\n"
+            "| FMLM, PSD, four times as long |  |  |  |  |  |  | not reached |\n"
             "| FLM, V-dimensional noise |  |  |  |  |  |  | 1000 |\n") in re.sub(r" ± \d+", "", readme.read_text())
 
 
@@ -218,16 +224,17 @@ class Programs:
             rate = float(given["source"].split("rate-")[1].split("-")[0].split("/")[0])
             best, worse = (self.best, 0) if "-tuning" in given["source"] else (self.best * self.lower, self.worse)
             rows = [measurement(int(n), 0.9 - worse - 100 * abs(rate - best), 0.95)["rows"][1] for n in given["steps"].split(",")]
-            matched = {given["source"]: {n: {"judge": dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
+            judge = os.path.basename(given["scorer"].split(",")[-1]) or "judge"
+            matched = {given["source"]: {n: {judge: dict(value=9.0, low=8.0, high=10.0)} for n in given["steps"].split(",")}}
             if not self.reached:
                 matched = {}
                 for row in rows:
                     row |= {"entropy": dict(value=1 - abs(rate - best)), "rare_256": dict(value=0.1, low=0.1, high=0.1),
-                            "perplexity judge": dict(value=9, low=9, high=9)}
+                            f"perplexity {judge}": dict(value=9, low=9, high=9)}
                     del row["valid"]
             bound = dict(nats_per_token=dict(value=5.0, low=4.0, high=6.0), accuracy_nearly_clean=dict(value=0.5))
             Path(given["out"]).write_text(json.dumps(dict(
-                rows=[*measurement(1, 0.5, 0.6)["rows"][:1], *rows], scorers=["judge"], matched=matched, machine="laptop", settings=given,
+                rows=[*measurement(1, 0.5, 0.6)["rows"][:1], *rows], scorers=[judge], matched=matched, machine="laptop", settings=given,
                 likelihoods={given["source"]: bound})))
         elif "learning_rate" in given and status == 0:
             name = given.get("method", "fmlm")
@@ -300,6 +307,9 @@ def test_evidence_compares_clocks_on_a_larger_vocabulary(tmp_path, monkeypatch):
         assert all(word in trained for word in [*words, "--dataset=pydocs4096 ", "--learning_rate=0.002 "])
     judged = [words for words in said if words.startswith("evaluate.py") and "pydocs4096" in words and "flm.pt" in words]
     assert len(judged) == 3 and all("--steps=128 " in words and "ar.pt,some/lm" in words for words in judged)  # of each clock
+    before = len(programs.started)
+    run_evidence(tmp_path, monkeypatch, programs, "--sets=pydocs4096")           # whoever judges, if there is nothing to judge
+    assert programs.started[before:] == ["data/pydocs/prepare.py"] * 2
 
 
 def test_evidence_measures_everything_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
