@@ -118,7 +118,7 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
 
 def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
     """The pairs (temperature, noise scale) to sample this kind of model at: (default, sweep). The default is left out where
-    temperatures are given without it, except of a map with noise_scales. The sweep is that of metrics.py."""
+    temperatures are given without it, except of a map with noise_scales. The sweep is `metrics.sweep`."""
     usual = [("argmax" if kind in FLOWS else 1.0, 1.0)]
     swept = metrics.sweep(kind, n_steps, drawn_at, scales)
     if kind == "fmlm" and scales:

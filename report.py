@@ -91,7 +91,7 @@ def at_rare_share(record: dict, steps: int) -> dict | None:
     of_way = {(row["temperature"], row.get("noise_scale", 1.0)): row for row in record["rows"][1:] if row["steps"] == steps}
     if is_puzzle(record) or not of_way:
         return None
-    temperatures, scales = ([float(x) for x in record["settings"][key].split(",") if x not in ("", "argmax")]
+    temperatures, scales = (sorted(float(x) for x in record["settings"][key].split(",") if x not in ("", "argmax"))
                             for key in ("temperatures", "noise_scales"))
     swept = metrics.sweep(record["rows"][-1]["kind"], steps, temperatures, scales)      # of which evaluate.py judged some
     pairs = [pair for pair in pairwise(swept) if all(way in of_way for way in pair)]
@@ -157,6 +157,7 @@ def table(folder: Path) -> list[str]:
 
 
 def rare_entry(records: list[dict], steps: int) -> str:
+    """The mean over the seeds and its error, or that no seed reached it; empty where none was measured."""
     values, error = values_and_error([x for record in records if (x := at_rare_share(record, steps))])
     if not values:
         return "not reached" if any(row.get("steps") == steps for record in records for row in record["rows"]) else ""
@@ -168,9 +169,8 @@ def rare_table(folder: Path) -> list[str]:
     puzzle."""
     if is_puzzle(all_records(folder)[0]):
         return []
-    lines = ["", "Perplexity at held-out text's share of rare tokens, those outside the 256 most common, instead of at its entropy:",
-             "",
-             "| steps | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
+    lines = ["", "Perplexity where the share of rare tokens, those outside the 256 most common, is that of held-out text:",
+             "", "| steps | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
     for name, title in SHOWN.items():
         cells = [rare_entry(found(folder, name), steps) for steps in STEPS]
         if any(cells):

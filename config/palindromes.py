@@ -15,8 +15,8 @@ n_layer = 3
 n_head = 4
 n_embd = 128
 block_size = 8
-position_std = 3.0               # larger than the noise: layer norm divides by the length of position + noise, which is then
-                                 # nearly equal for both letters of a pair
+position_std = 3.0               # larger than the noise at first: layer norm divides by the length of position + noise, which is
+                                 # then nearly equal for both letters of a pair; in training the noise grows as E does
 time_scale = 1000.0              # better at one step, worse at several
 batch_size = 128
 max_iters = 1000
