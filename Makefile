@@ -1,7 +1,10 @@
-# make demo   from nothing to one-step text on a laptop: environment, data, flow, flow map, samples, loss curves
-# make test   the tests, in the same environment
-# make evidence   every model and baseline, measured: hours, may be stopped and repeated; see evidence.py
-# These install into .venv first, once. ARGS adds settings to both training stages: make demo ARGS=--max_iters=30
+# make demo         from nothing to one-step text on a laptop: environment, data, flow, flow map
+# make walkthrough  the whole method in one file of 200 lines, three minutes on two cores
+# make test         ruff and the tests
+# make evidence     every model and baseline, measured: hours; stop and repeat it as you like
+# make figures      the pictures of the README, from out/palindromes
+# make gpu          what one GPU does: tests, benchmark, profile; five minutes
+# All install into .venv first, once. ARGS adds settings: make demo ARGS=--max_iters=30
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +12,7 @@ RUN = $(VENV)/bin/python
 OUT ?= out/pydocs
 ARGS ?=
 
-.PHONY: demo test evidence clean
+.PHONY: demo walkthrough test evidence figures gpu clean
 
 demo:
 	@date +%s > .demo_start
@@ -17,16 +20,26 @@ demo:
 	$(RUN) data/pydocs/prepare.py
 	$(RUN) train.py config/pydocs.py --out_dir=$(OUT) $(ARGS)
 	$(RUN) distill.py config/distill_pydocs.py --out_dir=$(OUT) $(ARGS)
-	$(RUN) plot.py --out_dir=$(OUT)
+	$(RUN) eval/plot.py --out_dir=$(OUT)
 	$(RUN) sample.py --out_dir=$(OUT) --steps=1,2,4,8 --flow_steps=64
-	@echo; echo "demo: $$(( $$(date +%s) - $$(cat .demo_start) )) s from nothing to text; loss curves in $(OUT)/loss.png"
+	@echo; echo "demo: $$(( $$(date +%s) - $$(cat .demo_start) )) s from nothing to text; losses in $(OUT)/loss.png"
 	@rm .demo_start
 
+walkthrough: $(VENV)/ready
+	$(RUN) docs/walkthrough.py
+
 test: $(VENV)/ready
+	$(RUN) -m ruff check
 	$(RUN) -m pytest -q -rs --durations=5 --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 evidence: $(VENV)/ready
-	$(RUN) evidence.py $(ARGS)
+	$(RUN) eval/evidence.py $(ARGS)
+
+figures: $(VENV)/ready
+	$(RUN) docs/figures.py $(ARGS)
+
+gpu: $(VENV)/ready
+	PYTHON=$(RUN) bash eval/gpu.sh
 
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +47,4 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv out .hypothesis
+	rm -rf .venv out .hypothesis .ruff_cache

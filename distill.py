@@ -1,35 +1,43 @@
-"""Distil a flow language model into a flow map language model (FMLM), which writes a text in one network evaluation.
+"""Distil a flow language model into a flow map (FMLM), which writes a text in one evaluation.
 
-    python distill.py                                              # reads out/pydocs/flm.pt, writes fmlm.pt beside it
+    python distill.py                                   # out/pydocs/flm.pt -> fmlm.pt beside it
     torchrun --nproc_per_node=8 distill.py config/distill_owt.py
 
-The student is the FLM with a second time embedding, which starts at zero: at first it knows where it is, not where it
-should jump to. Part of every batch keeps it a denoiser (the diagonal: jumps of no length, taught by the frozen FLM); the
-rest teaches jumps of every length by one of three objectives (flowmap.py), a small share of them the full jump from
-noise to text. Teacher and student share the embedding E, frozen, since both must see the same noisy state.
+The student is the FLM with a second time embedding, which starts at zero: it knows where it is, but
+not yet where to jump. Part of every batch keeps it a denoiser (the diagonal: jumps of no length,
+taught by the frozen FLM). The rest teaches jumps of every length by one of three objectives
+(flowmap.py), a small share of them the full jump from noise to text. Teacher and student share the
+embedding E, frozen, since both must see the same noisy state.
 
-Notable: the default objective needs forward passes only, since two short jumps are the target of a long one; the full
-jump is learned last, from the inside out, as the log shows: the loss of jumps by their length.
+Notable: the default objective needs forward passes only, since two short jumps are the target of a
+long one. Long jumps are learned last; the log shows the loss by jump length. What is said in
+train.py is not said again here.
 """
 
+import contextlib
 import copy
+import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-import common
-import storage
-import training
+import flowmap
 from data.loader import Data
-from flow import latent_noise, noise_factor, stratified
-from flowmap import OBJECTIVES, distillation_loss, off_diagonal_times
+from flow import Clock, noise_factor, stratified
+from lib import checkpoint as ckpt
+from lib import machine as lib
+from lib.settings import configure, fail, require_choice, require_in, require_trainable
 
 # -- input and output
 out_dir = "out/pydocs"           # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
 dataset = "pydocs"               # must have the vocabulary that the FLM was trained on
-teacher = ""                     # the FLM, ours or one the authors released (.ckpt); "" = out_dir/flm.pt
-trust_checkpoint = False         # read the teacher although its file holds Python objects besides tensors
+teacher_path = ""                # the FLM, ours or a released .ckpt; "" = out_dir/flm.pt
+trust_checkpoint = False         # read the teacher although its file holds other Python objects
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
 init_from = "scratch"            # from the teacher; or resume: continue out_dir/fmlm.pt exactly
 eval_interval = 250              # steps between validations; each also writes the checkpoint
@@ -37,19 +45,19 @@ eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
-objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian); the last two differentiate in time, and
-                                 # want an FLM trained with time_scale = 1
-self_distill = False             # the diagonal learns from the data, not the teacher; weights and E still start from its
-teacher_temperature = 1.0        # above 1 the teacher's guesses are softer: a map's texts are less varied than its flow's
+objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian); the last two
+                                 # differentiate in time, and want an FLM with time_scale = 1
+self_distill = False             # the diagonal learns from the data; weights, E are the FLM's still
+teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
 diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
-full_jump_ramp = False           # that share grows evenly from 0 to this over the run: the full jump builds on shorter ones
-split = 0.5                      # psd: the two jumps of a target meet at this part of the way, on the clock
-target_ema = False               # compute targets with the moving average instead of the student itself
-dropout = 0.0                    # of the student, also when it makes its own targets; not of its average or the teacher
+full_jump_ramp = False           # it grows from 0 to that: the full jump builds on shorter ones
+split = 0.5                      # psd: the two jumps of a target meet at this part of the way
+target_ema = False               # targets by the moving average instead of the student itself
+dropout = 0.0                    # of the student, not of its average or the teacher
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
-gradient_accumulation_steps = 1  # micro-steps in a step, over all processes: a multiple of their number
+gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
 max_iters = 1500                 # optimizer steps
 learning_rate = 1e-3
 schedule = "cosine"              # or constant, as published
@@ -60,184 +68,252 @@ beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.0
 grad_clip = 1.0                  # largest norm of the gradient; 0 = any
-ema_decay = 0.999                # moving average of the weights: what is validated and sampled
+ema_decay = 0.999                # moving average of the weights: validated and sampled
 # -- system
 device = "auto"                  # cuda, mps or cpu
-dtype = "auto"                   # bfloat16, float16 or float32: whichever matrix products are fast in
+dtype = "auto"                   # bfloat16, float16, float32; auto: the fastest the hardware has
 compile = False                  # torch.compile: worth it on a GPU, needs a C++ compiler on a CPU
 seed = 1
 
-settings = common.configure(globals(), sys.argv[1:])
+settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
-common.require_choice("objective", objective, OBJECTIVES)
-training.require_trainable(settings)
-common.require_in(settings, "[0, 1)", "diagonal_share")
-common.require_in(settings, "[0, 1]", "full_jump_share")
-common.require_in(settings, "(0, 1)", "split")
-common.require_in(settings, "(0, inf)", "teacher_temperature")
-common.require_in(settings, "[0, inf)", "block_size")
-
-# ---------------------------------------------------------------- set-up
-
-machine = common.Machine(device, dtype)
-path = Path(out_dir) / "fmlm.pt"
-local_steps = training.share_of_steps(gradient_accumulation_steps, machine)
-sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
+require_choice("objective", objective, flowmap.OBJECTIVES)
+require_trainable(settings)
+require_in(settings, "[0, 1)", "diagonal_share")
+require_in(settings, "[0, 1]", "full_jump_share")
+require_in(settings, "(0, 1)", "split")
+require_in(settings, "(0, inf)", "teacher_temperature")
+require_in(settings, "[0, inf)", "block_size")
 n_diagonal = round(diagonal_share * batch_size)
-if not 0 <= n_diagonal < batch_size:
-    common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for jumps")
-if diagonal_share and not n_diagonal:
-    common.fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for the diagonal")
+if n_diagonal == batch_size or (diagonal_share and not n_diagonal):
+    fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for "
+         f"{'jumps' if n_diagonal else 'the diagonal'}")
 if objective == "psd" and not n_diagonal:
-    common.fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")
+    fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")
 if self_distill and teacher_temperature != 1:
-    common.fail("self_distill learns from the data, not from a teacher; add --teacher_temperature=1")
+    fail("self_distill learns from the data, not from a teacher; add --teacher_temperature=1")
 
-teacher = teacher or str(Path(out_dir) / "flm.pt")
-flm = storage.load_checkpoint(teacher, "flm", trust_checkpoint)
-block_size = storage.set_length(flm, block_size, teacher)
-checkpoint = storage.load_resumable(path, "fmlm", init_from, settings,
-                                    ["block_size", "objective", "self_distill", "teacher_temperature",
-                                     "diagonal_share", "full_jump_share", "full_jump_ramp", "split", "target_ema",
-                                     "dropout", *training.FIXED], machine)
-torch.manual_seed(seed)  # every process starts from the same weights
+# ------------------------------------------------------------------------------ machine
+
+machine = lib.Machine(device, dtype)
+if gradient_accumulation_steps % machine.world:
+    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the "
+         f"{machine.world} processes, which share the micro-steps of a step")
+local_steps = gradient_accumulation_steps // machine.world
+sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
+
+# ------------------------------------------------------------------------------ teacher, data
+
+path = Path(out_dir) / "fmlm.pt"
+teacher_path = teacher_path or str(Path(out_dir) / "flm.pt")
+flm = ckpt.load_checkpoint(teacher_path, "flm", trust_checkpoint)
+block_size = ckpt.set_length(flm, block_size, teacher_path)
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
-storage.require_same_vocabulary(flm, data)
-
-flow = storage.build_model(flm, machine.device)
-flow.head.temperature = teacher_temperature
-if checkpoint:
-    student = storage.build_model(checkpoint, machine.device, "model")
-    if not torch.equal(student.embed.weight, flow.embed.weight):
-        common.fail(f"{path} was distilled from another FLM than {teacher}; start again with --init_from=scratch")
-else:
-    student = storage.build_model(flm, machine.device, flow_map=True, dropout=dropout)
-student.embed.weight.requires_grad_(False)
-ema = copy.deepcopy(student).eval()
-optimizers = training.make_optimizers(student, optimizer, learning_rate, (beta1, beta2), weight_decay, machine.dtype)
-step = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
-resumed_at = step if checkpoint else None                                       # what was validated already
-clock_embedding_share = flm["clock_embedding_share"]
-del checkpoint, flm                                                             # their memory
-training.require_alike(settings, data, step, machine, student, flow)
-
-clock = storage.build_clock(flow.config, clock_embedding_share, machine.device)
-E = student.embed.weight
-factor = noise_factor(E)  # E is frozen: once is enough
-net, teacher_net = [common.compiled(m, machine) if compile else m for m in (student, flow)]
-log = storage.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
-if machine.main:
-    training.announce(f"flow map by {objective}", student, machine, len(data.tokens), sequences * block_size, max_iters,
-                      path, passes=3 + diagonal_share + (1 - diagonal_share) * (2 if objective == "psd" else 3))
+ckpt.require_same_vocabulary(flm, data)
 
 
-def noise(samples, purpose):
-    """z0 (B, L, d) for these sample numbers; training and validation draw for different purposes."""
-    normal = common.sample_normals(common.mix(seed, purpose), samples, block_size, machine.device)
-    return latent_noise(E, factor, normal)
-
-
-def draw_times(micro_steps: int, full_share: float, random: torch.Generator):
-    """tau_s and tau_t, (micro_steps, batch_size) each: the first n_diagonal of a batch equal, the others jumps. All
-    are stratified over the whole optimizer step."""
+def draw_times(micro_steps: int, full_share: float, rng: torch.Generator):
+    """tau_s and tau_t, (micro_steps, B) each: the first n_diagonal of a batch are equal, the others
+    jumps. All are stratified over the optimizer step."""
     n_jumps = micro_steps * (batch_size - n_diagonal)
-    diagonal = stratified(micro_steps * n_diagonal, random).view(micro_steps, -1)
-    length, place, u = (stratified(n_jumps, random) for _ in range(3))
-    jumps = [tau.view(micro_steps, -1) for tau in off_diagonal_times(length, place, u < full_share)]
+    diagonal = stratified(micro_steps * n_diagonal, rng).view(micro_steps, -1)
+    length, place, u = (stratified(n_jumps, rng) for _ in range(3))
+    jumps = [tau.view(micro_steps, -1)
+             for tau in flowmap.off_diagonal_times(length, place, u < full_share)]
     return [torch.cat([diagonal, tau], dim=1).float() for tau in jumps]
 
 
-def loss_terms(model, target, y, tau_s, tau_t, z0):
-    """The loss, to differentiate; of every row, (B,), and the mass cut off the targets, per jump (B - n_diagonal,)."""
+def batch(n: int):
+    """Micro-step n of this process: its key, tokens (B, L), times tau_s and tau_t (B,)."""
+    at, i = divmod(n, local_steps)
+    j = i * machine.world + machine.rank
+    share = full_jump_share * (min(1, at / max_iters) if full_jump_ramp else 1)
+    rng = lib.generator(seed, lib.TIMES, at)
+    tau_s, tau_t = draw_times(gradient_accumulation_steps, share, rng)
+    y = data.rows(at * sequences + j * batch_size, batch_size)
+    return (at, j), machine.put(y), machine.put(tau_s[j]), machine.put(tau_t[j])
+
+# ------------------------------------------------------------------------------ student
+
+fixed = ("block_size", "objective", "self_distill", "teacher_temperature", "diagonal_share",
+         "full_jump_share", "full_jump_ramp", "split", "target_ema", "dropout", *ckpt.FIXED)
+checkpoint = ckpt.load_resumable(path, "fmlm", init_from, settings, fixed, machine)
+torch.manual_seed(seed)
+flow = ckpt.build_model(flm, machine.device)
+if checkpoint:
+    student = ckpt.build_model(checkpoint, machine.device, "model")
+    if not torch.equal(student.embed.weight, flow.embed.weight):
+        fail(f"{path} was distilled from another FLM than {teacher_path}; start again with "
+             f"--init_from=scratch")
+else:
+    student = ckpt.build_model(flm, machine.device, flow_map=True, dropout=dropout)
+student.embed.weight.requires_grad_(False)
+ema = copy.deepcopy(student).eval()
+clock_embedding_share = flm["clock_embedding_share"]
+del flm                                                             # its memory
+clock = Clock(flow.config.vocab_size, flow.config.n_embd, clock_embedding_share, machine.device)
+factor = noise_factor(student.embed.weight)  # E is frozen: once is enough
+net, teacher = (torch.compile(m, dynamic=False) if compile else m for m in (student, flow))
+
+
+def loss_of(net, target_net, y, tau_s, tau_t, rng):
     with machine.autocast():
-        loss, losses, cut = distillation_loss(model, target, None if self_distill else teacher_net, clock, objective,
-                                              y, tau_s, tau_t, z0, n_diagonal, split)
-    return loss, losses.mean(1), cut.mean(1)
+        return flowmap.loss(net, target_net, None if self_distill else teacher, clock, objective, y,
+                            tau_s, tau_t, rng, n_diagonal, factor, split, teacher_temperature)
+
+
+class Loss(nn.Module):
+    """The loss as a module for DistributedDataParallel. Targets come from the bare networks."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, y, tau_s, tau_t, rng):
+        return loss_of(self.net, ema if target_ema else net, y, tau_s, tau_t, rng)
+
+
+training_loss = Loss(net)
+if machine.world > 1:
+    training_loss = DistributedDataParallel(training_loss, gradient_as_bucket_view=True)
+
+# ------------------------------------------------------------------------------ optimizer
+
+learned = {name: p for name, p in student.named_parameters() if p.requires_grad}
+muon = [p for name, p in learned.items() if optimizer == "muon" and p.ndim == 2
+        and not name.startswith(("positions", "head"))]
+rest = [p for p in learned.values() if not any(p is matrix for matrix in muon)]
+optimizers = [torch.optim.AdamW(rest, learning_rate, (beta1, beta2), weight_decay=weight_decay,
+                                fused=machine.device.type != "mps")]
+if muon:
+    from lib.optim import Muon
+    muon_dtype = torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32
+    optimizers.append(Muon(muon, learning_rate, weight_decay, muon_dtype))
+
+
+def learning_rate_at(step: int) -> float:
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    if schedule == "constant":
+        return learning_rate
+    done = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+# ------------------------------------------------------------------------------ resume, save
+
+step = ckpt.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
+resumed_at = step if checkpoint else None
+del checkpoint
+log = ckpt.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
+
+
+def save() -> None:
+    if machine.main:
+        ckpt.save_checkpoint(path, dict(
+            format="flm-1", kind="fmlm", model_config=asdict(student.config),
+            model=student.state_dict(), ema=ema.state_dict(),
+            optimizers=[opt.state_dict() for opt in optimizers],
+            scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
+            settings=settings, step=step, train_tokens=len(data.tokens),
+            tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
 
 
 FULL_JUMPS_IN_VALIDATION = 1 / 8  # of the jumps, whatever the share in training: enough for a mean
 
 
 @torch.no_grad()
-def validate() -> tuple[float, list[float | None]]:
-    """Of the moving average, on held-out text, nats a token: the loss on the diagonal, then the loss of jumps in tenths
-    of their length on the clock, full jumps among the last. The same texts, times and noise at every call. Targets of
-    jumps are made by the moving average, too: their losses say how well it agrees with itself, not how good it is. Texts
-    of two runs can be compared, these losses cannot."""
-    total = torch.zeros(2, 11, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
-                        device=machine.device)                                  # losses, counts
-    tau_s, tau_t = draw_times(eval_iters, FULL_JUMPS_IN_VALIDATION, common.generator(seed, common.VAL_TIMES))
+def validate() -> tuple[float, list[float]]:
+    """Of the moving average, on held-out text, nats a token: the mean loss; the loss on the
+    diagonal, then the loss of jumps in tenths of their length on the clock, full jumps among the
+    last. Every call uses the same texts, times and noise. The moving average makes the targets of
+    jumps, too: their losses say how well it agrees with itself, not how good it is. Compare the
+    texts of two runs, not these losses."""
+    total = torch.zeros(2, 11, device=machine.device)               # losses, counts
+    tau_s, tau_t = draw_times(eval_iters, FULL_JUMPS_IN_VALIDATION,
+                              lib.generator(seed, lib.VAL_TIMES))
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))
         start, end = machine.put(tau_s[i]), machine.put(tau_t[i])
-        _, loss, _ = loss_terms(ema, ema, y, start, end, noise(range(i * batch_size, (i + 1) * batch_size), common.VAL_NOISE))
+        rng = lib.generator(seed, lib.VAL_NOISE, i, device=machine.device)
+        losses = loss_of(ema, ema, y, start, end, rng)[1].mean(1)   # (B,)
         bins = 1 + ((end - start) * 10).long().clamp_max(9)
         bins[:n_diagonal] = 0
-        total.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
+        total.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
     losses, counts = machine.total(total).cpu()
-    return (losses.sum() / counts.sum()).item(), training.bin_means(losses, counts)
+    return (losses.sum() / counts.sum()).item(), (losses / counts).tolist()
 
+# ------------------------------------------------------------------------------ loop
 
-def batch(n: int):
-    """Micro-step n of this process, on its way to the device: the number of its first sample, tokens (B, L), times tau_s
-    and tau_t (B,)."""
-    at, i = divmod(n, local_steps)
-    j = i * machine.world + machine.rank                                        # this micro-step among all processes'
-    first = at * sequences + j * batch_size
-    share = full_jump_share * (min(1, at / max_iters) if full_jump_ramp else 1)
-    tau_s, tau_t = draw_times(gradient_accumulation_steps, share, common.generator(seed, common.TIMES, at))
-    return first, machine.put(data.rows(first, batch_size)), machine.put(tau_s[j]), machine.put(tau_t[j])
-
-
-def save() -> None:
-    storage.save_run(path, "fmlm", student, ema, optimizers, machine, settings, data, clock_embedding_share, step)
-
-
-# ---------------------------------------------------------------- the loop
-
-progress = training.Progress(step, max_iters, sequences * block_size)
-watch = training.LossWatch(machine, "tau_s", "tau_t")
-coming = batch(step * local_steps)
+if machine.main:
+    n_tokens = max_iters * sequences * block_size
+    print(f"flow map of {teacher_path}; {machine.describe()}; {max_iters:,} steps, "
+          f"{n_tokens / len(data.tokens):.1f} epochs -> {path}", flush=True)
+progress = lib.Progress(step, max_iters, sequences * block_size)
+next_batch = batch(step * local_steps)
 while True:
-    lr = training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
-    training.set_learning_rate(optimizers, lr)
+    lr = learning_rate_at(step)
+    for group in (group for opt in optimizers for group in opt.param_groups):
+        group["lr"] = lr
 
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
-        watch.check()
         mean, bins = validate()
-        log.write(step, val_loss=mean, val_diagonal=bins[0], val_loss_by_length=bins[1:])
+        ckpt.require_finite(mean, step)
+        kept = [x if x == x else None for x in bins]                # an empty bin is NaN
+        log.write(step, val_loss=mean, val_diagonal=kept[0], val_loss_by_length=kept[1:])
         if machine.main:
-            print(f"step {step}: validation loss {mean:.3f}; diagonal {training.show(bins[:1])}; "
-                  f"by length 0..1: {training.show(bins[1:])}", flush=True)
+            print(f"step {step}: validation loss {mean:.3f}; diagonal {bins[0]:.2f}; "
+                  f"by length 0..1: "
+                  + " ".join(f"{x:.2f}" for x in bins[1:]).replace("nan", "-"), flush=True)
         if step > 0:
             save()
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):
         break
 
-    means = torch.zeros(2, device=machine.device)                               # of the loss and of the mass cut
     student.train()
+    means = torch.zeros(2, device=machine.device)                   # of the loss, of the mass cut
     for i in range(local_steps):
-        first, y, start, end = coming
-        torch.manual_seed(common.mix(seed, common.DROPOUT, first))
-        loss, losses, cut = loss_terms(net, ema if target_ema else net, y, start, end,
-                                       noise(range(first, first + batch_size), common.NOISE))
-        coming = batch(step * local_steps + i + 1)                              # while the device is busy
-        machine.scaler.scale(loss / local_steps).backward()
+        key, y, tau_s, tau_t = next_batch
+        rng = lib.generator(seed, lib.NOISE, *key, device=machine.device)
+        torch.manual_seed(lib.mix(seed, lib.DROPOUT, *key))
+        wait = machine.world > 1 and i < local_steps - 1
+        with training_loss.no_sync() if wait else contextlib.nullcontext():
+            loss, _, cut = training_loss(y, tau_s, tau_t, rng)
+            next_batch = batch(step * local_steps + i + 1)
+            machine.scaler.scale(loss / local_steps).backward()
         means += torch.stack([loss.detach(), cut.mean()]) / local_steps
-        watch.see(step + 1, losses, start, end)
-    norm = training.optimizer_step(student, optimizers, machine, grad_clip)
-    training.update_ema(ema, student, ema_decay, step)
+    for opt in optimizers:
+        machine.scaler.unscale_(opt)
+    norm = nn.utils.clip_grad_norm_(student.parameters(), grad_clip or math.inf)
+    overflow = machine.scaler.is_enabled() and not norm.isfinite()
+    for opt in optimizers:
+        if not overflow:
+            machine.scaler.step(opt)
+        opt.zero_grad()
+    machine.scaler.update()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()),
+                             1 - min(ema_decay, (1 + step) / (10 + step)))
     step += 1
 
     if step % log_interval == 0:
-        watch.check()                                                           # waits for the device
         value, cut = (machine.total(means) / machine.world).tolist()
+        ckpt.require_finite(value, step)
         log.write(step, loss=value, lr=lr, grad_norm=norm.item(), off_simplex=cut)
         if machine.main:
             outside = f" | off simplex {cut:.1%}" if objective != "psd" else ""
-            print(f"step {step}/{max_iters} | loss {value:.4f}{outside} | lr {lr:.1e} | {progress.line(step)}",
-                  flush=True)
+            print(f"step {step}/{max_iters} | loss {value:.4f}{outside} | lr {lr:.1e} | "
+                  f"{progress.line(step)}", flush=True)
 
-training.finish(progress, step, max_iters, path, save, machine)
+stopped = step < max_iters
+if stopped:
+    save()
+machine.total(torch.zeros(1))
+if machine.main:
+    print(f"stopped at step {step}; continue with --init_from=resume" if stopped else
+          f"done: {path}", file=sys.stderr if stopped else sys.stdout)
+if machine.world > 1:
+    dist.destroy_process_group()
+if stopped:
+    sys.exit(130)

@@ -1,112 +1,112 @@
-"""Flow language models: the mathematics. Pure functions over tensors, nothing read or written.
+"""Flow language models (FLM): the mathematics. Pure functions over tensors, no input or output.
 
-A text is the one-hot array x1 (L, V). Noise x0 ~ N(0, I) of the same shape is carried to it in a straight line,
+A text is the one-hot array x1 (L, V). A straight line joins it to noise x0 ~ N(0, I),
 
     x_t = (1 - t) x0 + t x1,        0 <= t <= 1,
 
-and a network learns the denoiser D_t(x)[l, v] = P(token l is v | x_t = x) with plain cross-entropy. To generate, follow
-the flow dx/dt = (D_t(x) - x) / (1 - t) from noise at t = 0 to a text at t = 1. Three things make this practical:
+and a network learns the denoiser D_t(x)[l, v] = P(token l is v | x_t = x) by cross-entropy. To
+generate, follow the flow dx/dt = (D_t(x) - x) / (1 - t) from noise at t = 0 to a text at t = 1.
+Three ideas make this practical:
 
-- **the clock** (`Clock`): t is a bad measure of progress, since with a large vocabulary nothing can be decoded until
-  t is near 0.8 and then everything can. `tau` is the share of tokens that could be decoded; train and sample in tau;
-- **z instead of x** (`latent_noise`): the network reads x only through z = x E, so noise of the law of x0 E is drawn
-  directly, in d dimensions instead of V;
-- **the head in slices** (head.py): logits, one for every word of the vocabulary, exist for some of the tokens at a time.
+- **the clock** (`Clock`). t is a poor measure of progress: with a large vocabulary nothing can be
+  decoded until t is near 0.8, and then everything can. tau is the share of tokens that can be
+  decoded. Training and sampling are uniform in tau;
+- **z instead of x** (`latent_noise`). The network reads x only through z = x E. So noise with the
+  law of x0 E is drawn directly, in d dimensions instead of V;
+- **the head in slices** (`sum_by_tokens`). Logits exist for a slice of the tokens at a time.
 
-Shapes: B sequences, L tokens, V vocabulary, d width. `model` is any callable (z, tau) -> hidden with an
-`embed.weight` E (V, d) and a `head` that turns hidden (.., d) into logits (.., V): a linear layer, or like one.
+Shapes: B sequences, L tokens, V vocabulary, d width. `model` is any callable (z, tau) -> hidden
+(B, L, d) with `embed.weight` E (V, d) and a `head` that turns hidden (.., d) into logits (.., V).
+Start with `loss` and `sample`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from head import SoftmaxCrossEntropy, by_tokens, draw, sum_by_tokens
+# ------------------------------------------------------------------------------ the loss
 
+def loss(model: Callable, clock: "Clock", y: Tensor, tau: Tensor, rng: torch.Generator
+         ) -> tuple[Tensor, Tensor]:
+    """The loss of an FLM on tokens y (B, L) at clock times tau (B,), with noise from rng: the mean
+    cross-entropy of the denoiser in nats a token, and each token's, (B, L), without gradient."""
+    E = model.embed.weight                                          # (V, d)
+    z0 = latent_noise(E, y.shape, rng)                              # (B, L, d), the law of x0 E
+    z = corrupt(E, y, clock.t_of_tau(tau), z0)                      # (1 - t) z0 + t E[y]
+    hidden = model(z, tau)                                          # (B, L, d)
+    return cross_entropy(model.head, hidden, y)
 
-# ---------------------------------------------------------------- the clock
+# ------------------------------------------------------------------------------ the clock
 
 class Clock:
-    """The change of time t <-> tau, tabulated once in float64 and interpolated on the device.
+    """The change of time t <-> tau, tabulated once in float64, interpolated on the device.
 
-    The chance that argmax x_t is the right token is P(r) = E_Z Phi(Z + r)^(V - 1) with Z ~ N(0, 1) and r = t / (1 - t):
-    the right coordinate must beat V - 1 others. Rescaled from [1/V, 1] to [0, 1] it is the clock,
+    P(r) = E_Z Phi(Z + r)^(V - 1), Z ~ N(0, 1), is the chance that argmax x_t is the right token at
+    r = t / (1 - t): the right coordinate must beat V - 1 others. Rescaled from [1/V, 1] to [0, 1],
 
         tau(t) = (V P - 1) / (V - 1) = 1 - V / (V - 1) (1 - P).
 
-    That is what a reader of all V coordinates can decode. The network sees d of them, where an average token is
-    sqrt(d / V) times weaker; `embedding_share` > 0 mixes in a clock that ticks at r sqrt(d / V), as
-    (1 - share) tau(r) + share tau(r sqrt(d / V)). 0 is the published clock, and so is any share where d >= V.
+    The network sees d of the V coordinates, in which an average token is sqrt(d / V) times weaker.
+    embedding_share > 0 mixes in a clock that counts this, (1 - share) tau(r) + share
+    tau(r sqrt(d / V)). 0 is the published clock, and so is any share where d >= V.
 
-    Raises ValueError for V < 2, for a share outside [0, 1], and for a share without a width d >= 1.
+    Errors of tau are below 1e-5. Raises ValueError for V < 2, for a share outside [0, 1], and for
+    a share without a width d >= 1.
     """
 
-    def __init__(self, V: int, d: int | None = None, embedding_share: float = 0.0, device: torch.device | str = "cpu"):
+    def __init__(self, V: int, d: int | None = None, embedding_share: float = 0.0,
+                 device: torch.device | str = "cpu"):
         if V < 2 or not 0 <= embedding_share <= 1:
-            raise ValueError(f"a clock needs V >= 2 and a share in [0, 1], got V={V}, embedding_share={embedding_share}")
+            raise ValueError(f"a clock needs V >= 2 and a share in [0, 1], got V={V}, "
+                             f"embedding_share={embedding_share}")
         if embedding_share and (d is None or d < 1):
-            raise ValueError(f"a clock with embedding_share={embedding_share} needs the width d >= 1, got d={d}")
-        t = torch.linspace(0, 1, 8193, dtype=torch.float64)
-        table = error_table(V)
-        tau, slope = clock_at(t, V, *table)
-        if embedding_share and d < V:
-            weak_tau, weak_slope = clock_at(t, V, *table, math.sqrt(d / V))
-            tau, slope = torch.lerp(tau, weak_tau, embedding_share), torch.lerp(slope, weak_slope, embedding_share)
+            raise ValueError(f"embedding_share={embedding_share} needs a width d >= 1, got d={d}")
+        table_r = torch.linspace(0, 18, 4001, dtype=torch.float64)  # past 18 no errors are left
+        table = (1 - V / (V - 1) * decoding_error(V)).clamp(0, 1).cummax(0).values
+        table[0], table[-1] = 0, 1
+        weak = math.sqrt(d / V) if embedding_share and d < V else 1.0
+        r = torch.linspace(0, 18 / weak, math.ceil(4000 / weak) + 1, dtype=torch.float64)
+        tau = torch.lerp(interpolate(r, table_r, table), interpolate(weak * r, table_r, table),
+                         embedding_share)
+        t = torch.cat([r / (1 + r), torch.ones(1, dtype=r.dtype)])  # r = infinity closes the table
+        tau = torch.cat([tau, torch.ones(1, dtype=r.dtype)])
+        slope, = torch.gradient(tau, spacing=(t,), edge_order=2)
         device = torch.device(device)
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs lack float64
         self.t, self.tau, self.slope = (column.to(device, dtype) for column in (t, tau, slope))
 
     def tau_of_t(self, t: Tensor) -> Tensor:
-        """tau(t), any shape: float64 (float32 on mps), monotone, 0 at 0 and 1 at 1 exactly."""
+        """tau(t) of any shape, in the dtype of the table; monotone, exactly 0 at 0 and 1 at 1."""
         return interpolate(t, self.t, self.tau)
 
     def t_of_tau(self, tau: Tensor) -> Tensor:
-        """The inverse t(tau); tau = 1 gives 1, although the table reaches 1 to rounding before that."""
+        """The inverse t(tau). t(1) = 1, although tau rounds to 1 before that."""
         return interpolate(tau, self.tau, self.t)
 
     def dtau_dt(self, t: Tensor) -> Tensor:
-        """The speed of the clock, d tau / d t, from its own integral rather than from differences of the table."""
+        """The speed of the clock, d tau / d t, by central differences of the table."""
         return interpolate(t, self.t, self.slope)
 
 
-def error_table(V: int) -> tuple[Tensor, Tensor, Tensor]:
-    """1 - P(r) and its derivative, (1001,) each in float64, at the evenly spaced r from 0 to 18, past which no errors are
-    left: r, error, derivative.
+def decoding_error(V: int) -> Tensor:
+    """1 - P(r), (4001,) in float64, at r = 0, h, 2h .. 18 with h = 18 / 4000.
 
-    Substituting w = Z + r moves r into the Gaussian weight, 1 - P(r) = integral of phi(w - r) (1 - Phi(w)^(V-1)) dw, so
-    that the powers of Phi are computed once for all r. They are nearly steps, hence the thousands of nodes.
+    With w = Z + r, 1 - P(r) = integral of phi(w - r) (1 - Phi(w)^(V-1)) dw: a correlation, on the
+    grid of r. Phi^(V-1) is nearly a step, hence the thousands of nodes.
     """
-    dw = 18 / 4000
-    w = torch.arange(-9, 27, dw, dtype=torch.float64)                           # (W,)
-    log_cdf = torch.special.log_ndtr(w)
-    wrong = -torch.expm1((V - 1) * log_cdf)                                     # 1 - Phi(w)^(V-1)
-    wrong_slope = -(V - 1) * torch.exp((V - 2) * log_cdf - w ** 2 / 2) / math.sqrt(2 * math.pi)
-    columns = torch.stack([wrong, wrong_slope], dim=1) * (dw / math.sqrt(2 * math.pi))          # (W, 2)
-    r = torch.linspace(0, 18, 1001, dtype=torch.float64)
-    return r, *(torch.exp(-(w - r[:, None]) ** 2 / 2) @ columns).unbind(1)
-
-
-def clock_at(t: Tensor, V: int, r: Tensor, error: Tensor, derivative: Tensor, scale: float = 1.0
-             ) -> tuple[Tensor, Tensor]:
-    """tau and d tau / d t at the sorted times t (T,), from 0 to 1, of the clock that ticks at scale t / (1 - t): by cubic
-    Hermite interpolation in an `error_table` (error below 1e-8), which is cheaper than to integrate at each of them."""
-    left, h = (1 - t).clamp_min(1e-9), r[1]
-    x = (scale * t / left).clamp_max(r[-1]) / h
-    i = x.long().clamp_max(len(r) - 2)
-    u = x - i
-    (e0, e1), (d0, d1) = ((table[i], table[i + 1]) for table in (error, derivative))
-    value = (1 - u) ** 2 * ((1 + 2 * u) * e0 + u * h * d0) + u ** 2 * ((3 - 2 * u) * e1 - (1 - u) * h * d1)
-    slope = 6 * u * (1 - u) * (e1 - e0) / h + (1 - u) * (1 - 3 * u) * d0 + u * (3 * u - 2) * d1
-    tau = (1 - V / (V - 1) * value).clamp(0, 1).cummax(0).values                # cummax: rounding must not step back
-    tau[0], tau[-1] = 0, 1
-    return tau, (-V / (V - 1) * slope * scale / left ** 2).clamp_min(0)
+    h = 18 / 4000
+    w = torch.arange(-2000, 6001, dtype=torch.float64) * h          # -9 .. 27
+    wrong = -torch.expm1((V - 1) * torch.special.log_ndtr(w))       # 1 - Phi(w)^(V-1)
+    phi = torch.exp(-w[:4001] ** 2 / 2) * (h / math.sqrt(2 * math.pi))          # on -9 .. 9
+    return F.conv1d(wrong[None], phi[None, None])[0]
 
 
 def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Piecewise linear ys(x) for sorted xs; where xs is flat, the last of the ys. Result in the dtype of the table."""
+    """Piecewise linear ys(x) for sorted xs, in the dtype of the table. Where xs is flat, the last
+    of its ys."""
     x = x.to(xs.dtype)
     i = torch.searchsorted(xs, x.contiguous(), right=True).clamp(1, len(xs) - 1)
     width = xs[i] - xs[i - 1]
@@ -114,142 +114,100 @@ def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     return torch.lerp(ys[i - 1], ys[i], weight.clamp(0, 1))
 
 
-def stratified(n: int, generator: torch.Generator) -> Tensor:
-    """n times uniform on [0, 1], one in each n-th of it, in random order: (n,), on the generator's device."""
-    strata = torch.randperm(n, generator=generator, device=generator.device)
-    return (strata + torch.rand(n, generator=generator, device=generator.device)) / n
+def stratified(n: int, rng: torch.Generator) -> Tensor:
+    """n times (n,), uniform on [0, 1], one in each n-th of it, shuffled; on the rng's device."""
+    strata = torch.randperm(n, generator=rng, device=rng.device)
+    return (strata + torch.rand(n, generator=rng, device=rng.device)) / n
 
-
-# ---------------------------------------------------------------- noise and corruption
+# ------------------------------------------------------------------------------ noise
 
 def noise_factor(E: Tensor, tokens: float = math.inf) -> Tensor | None:
-    """C (d, d) with C C^T = E^T E, or None where noise is to be drawn in all V dimensions: for V <= d, where E^T E is
-    singular or has no room to save, and for fewer `tokens`, that will share it, than d, where that is cheaper than the V d^2
-    of E^T E.
+    """C (d, d) with C C^T = E^T E, or None where noise is better drawn in V dimensions: for V <= d,
+    where E^T E is singular, and for fewer `tokens` than d, where forming E^T E would cost more.
 
-    Differentiable: with C the gradient for E is unbiased, and its variance about V / d times smaller than through
-    V-dimensional noise. Float32 or better even under autocast. An E that has diverged gives NaN, not an error: to check
-    would be to wait for the device.
-
-    The jitter on the diagonal is 1e-6 of its mean. Rounding errors are in proportion to the largest eigenvalue, though,
-    and where one direction of E dominates they exceed that: Cholesky fails, and the jitter becomes 1e-5 of the norm.
+    Differentiable. The gradient for E is unbiased, with about V / d times less variance than
+    through V-dimensional noise. Float32 or better even under autocast. A diverged E gives NaN, not
+    an error: checking would wait for the device.
     """
     V, d = E.shape
     if V <= d or tokens < d:
         return None
     with torch.autocast(E.device.type, enabled=False):
         E = E if E.dtype == torch.float64 else E.float()
-        gram = Gram.apply(E)
+        gram = E.detach().T @ E
+        gram = gram + gram.T - gram.detach()    # E^T E still, but one product backward, not two
         identity = torch.eye(d, dtype=E.dtype, device=E.device)
-        with torch.no_grad():
-            jitter = 1e-6 * gram.diagonal().mean()
+        with torch.no_grad():  # Rounding errors scale with the largest eigenvalue. Where it
+            jitter = 1e-6 * gram.diagonal().mean()      # dominates, 1e-6 of the mean is too little.
             failed = torch.linalg.cholesky_ex(gram + jitter * identity).info > 0
             jitter = torch.where(failed, 1e-5 * gram.norm(), jitter)
         return torch.linalg.cholesky_ex(gram + jitter * identity).L
 
 
-class Gram(torch.autograd.Function):
-    """E^T E (d, d) from E (V, d). Its derivative dE = E (dG + dG^T) is one product where autograd would make two."""
+def latent_noise(E: Tensor, shape: tuple[int, int], rng: torch.Generator,
+                 factor: Tensor | None = None) -> Tensor:
+    """Noise z0 (B, L, d) with the law of x0 E, x0 ~ N(0, I_V), for shape (B, L).
 
-    @staticmethod
-    def forward(ctx, E: Tensor) -> Tensor:
-        ctx.save_for_backward(E)
-        return E.T @ E
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return ctx.saved_tensors[0] @ (gradient + gradient.T)
-
-
-def latent_noise(E: Tensor, factor: Tensor | None, normal: Callable[[int], Tensor]) -> Tensor:
-    """Noise z0 (B, L, d) with the law of x0 E, x0 ~ N(0, I_V).
-
-    factor: what `noise_factor` returned. normal(n) draws (B, L, n) standard normals: the caller owns the randomness.
+    factor: noise_factor(E), where E is frozen and it need not be formed again.
     """
+    def normal(n: int) -> Tensor:                                   # (B, L, n)
+        return torch.randn(*shape, n, generator=rng, device=E.device, dtype=E.dtype)
+
+    if factor is None:
+        factor = noise_factor(E, math.prod(shape))
     with torch.autocast(E.device.type, enabled=False):
         if factor is not None:
-            return normal(factor.size(0)).to(factor.dtype) @ factor.T
-        step = max(E.size(1), 1024)  # a slice of the vocabulary at a time: x0 as a whole would be (B, L, V)
-        return sum(normal(len(part)).to(E.dtype) @ part for part in E.split(step))
+            return normal(E.size(1)) @ factor.T
+        step = max(E.size(1), 1024)  # a slice of V at a time: x0 as a whole would be (B, L, V)
+        return sum(normal(len(part)) @ part for part in E.split(step))
+
+
+def corrupt(E: Tensor, y: Tensor, t: Tensor, z0: Tensor) -> Tensor:
+    """z_t = x_t E = (1 - t) z0 + t E[y], (B, L, d): tokens y (B, L), times t (B,), noise z0."""
+    return torch.lerp(z0, F.embedding(y, E), per_sample(t, z0))
 
 
 def per_sample(scalar: Tensor, z: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1) in the dtype of z."""
     return scalar.to(z.dtype)[:, None, None]
 
-
-def corrupt(E: Tensor, y: Tensor, t: Tensor, z0: Tensor) -> Tensor:
-    """z_t = x_t E = (1 - t) z0 + t E[y]: (B, L, d) from tokens y (B, L), times t (B,), noise z0 (B, L, d)."""
-    return torch.lerp(z0, F.embedding(y, E), per_sample(t, z0))
-
-
-# ---------------------------------------------------------------- the denoiser D = softmax(head(hidden))
-
-def cross_entropy(head: nn.Module, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """-log D[y] in nats from hidden (B, L, d) and tokens y (B, L): the sum, to differentiate, and each (B, L)."""
-    total, losses = sum_by_tokens(SoftmaxCrossEntropy.apply, head, hidden, y[..., None])
-    return total, losses[..., 0]
-
-
-def expected_embedding(head: nn.Module, hidden: Tensor, E: Tensor) -> Tensor:
-    """D E = sum_v D[v] E[v], the denoised state (B, L, d), from hidden (B, L, d). Without gradient."""
-    return by_tokens(lambda hidden: head(hidden).softmax(-1).to(E.dtype) @ E, head, hidden).to(E.dtype)
-
-
-def most_likely(head: nn.Module, hidden: Tensor) -> Tensor:
-    """argmax_v D[v], tokens (B, L), from hidden (B, L, d). In bfloat16 the largest logits are often equal, and the first
-    in the vocabulary would win: the best four are computed again in float32."""
-    def best(hidden):
-        few = head(hidden).topk(min(4, head.out_features)).indices              # (n, 4)
-        with torch.autocast(hidden.device.type, enabled=False):
-            again = (head.weight[few] @ hidden[..., None].to(head.weight.dtype)).squeeze(-1) + head.bias[few]
-        return few.gather(-1, again.argmax(-1, keepdim=True)).squeeze(-1)
-    return by_tokens(best, head, hidden)
-
-
-def drawn(head: nn.Module, hidden: Tensor, random: torch.Generator) -> Tensor:
-    """Tokens (B, L) drawn from D, each on its own, instead of its mode."""
-    return by_tokens(lambda hidden: draw(head(hidden).double().softmax(-1), random).squeeze(-1), head, hidden)
-
-
-# ---------------------------------------------------------------- training and sampling
-
-def flow_loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of an FLM at clock times tau (B,): the mean cross-entropy of the denoiser, nats a token, to
-    differentiate, and that of each token, (B, L), without gradient."""
-    z = corrupt(model.embed.weight, y, clock.t_of_tau(tau), z0)
-    total, losses = cross_entropy(model.head, model(z, tau), y)
-    return total / y.numel(), losses
-
+# ------------------------------------------------------------------------------ sampling
 
 def step_size(s: Tensor, t: Tensor) -> Tensor:
-    """h = (t - s) / (1 - s): the share of the way from x_s to the denoised text. 1 at t = 1, 0 at t = s."""
+    """h = (t - s) / (1 - s), the share of the way from x_s to the denoised text: 0 at t = s, 1 at
+    t = 1."""
     return torch.where(t > s, (t - s) / torch.where(s < 1, 1 - s, 1.0), 0.0)
 
 
 def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """(1 - h) z + h target: one Euler step of the flow when target = D_s E, the exact jump X_{s,t} when target =
-    delta_{s,t} E. z, target (B, L, d), s and t (B,)."""
+    """(1 - h) z + h target: z, target (B, L, d), s and t (B,).
+
+    For target = D_s E an Euler step of the flow: z + (t - s) dz/ds with dz/ds = (D_s E - z) /
+    (1 - s). For target = delta_{s,t} E the exact jump X_{s,t} of a flow map.
+    """
     return torch.lerp(z, target, per_sample(step_size(s, t), z))
 
 
 @torch.no_grad()
 def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float,
-           noise: Callable[[], Tensor] | None, last: Callable) -> Tensor:
-    """Tokens (B, L) from noise z (B, L, d), in `steps` moves on a uniform grid of tau. guess(z, tau_s, tau_t) returns the
-    hidden states (B, L, d) of the distributions that a move aims at; last(head, hidden) makes tokens of those of the last.
+           noise: Callable[[], Tensor] | None, last: Callable, temperature: float) -> Tensor:
+    """Tokens (B, L) from noise z (B, L, d), in `steps` moves on a uniform grid of tau.
 
-    gamma in [0, 1] makes it stochastic: instead of landing at t, go further, to t~ with 1 - t~ = (1 - t) sqrt(1 - gamma^2),
-    and add noise until the state is as noisy as at t again, (t / t~) z + sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0.
-    noise() draws a fresh z0 (B, L, d).
+    guess(z, tau_s, tau_t) gives hidden states (B, L, d) of the distributions a move aims at, all
+    but the last sharpened by a temperature below 1. last(head, hidden) turns the last into tokens.
+
+    gamma in [0, 1] makes it stochastic. Instead of landing at t, go on to t~ with 1 - t~ = (1 - t)
+    sqrt(1 - gamma^2). Then add noise until the state is as noisy as at t again, (t / t~) z +
+    sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0. noise() draws a fresh z0 (B, L, d).
     """
     tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
-    for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):  # (1,) each
+    for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):    # (1,) each
         s, t = clock.t_of_tau(here), clock.t_of_tau(there)
-        beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)                        # t~
+        beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)            # t~
         hidden = guess(z, here.expand(len(z)), clock.tau_of_t(beyond).expand(len(z)))
         if i < steps - 1:
-            z = move(z, expected_embedding(model.head, hidden, model.embed.weight), s, beyond)
+            aim = expected_embedding(model.head, hidden, model.embed.weight, temperature)
+            z = move(z, aim, s, beyond)
             if gamma:
                 kept = t / beyond
                 fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
@@ -257,9 +215,154 @@ def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int
     return last(model.head, hidden)
 
 
-def sample_flow(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
-                noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
-    """Tokens (B, L) by Euler steps; see `decode`. With gamma later steps can correct earlier ones. But every Euler step then
-    goes as far as t~, however many steps there are, so that its error does not vanish with more of them; the jumps of a flow
-    map have no such error."""
-    return decode(lambda z, tau, _: model(z, tau), model, clock, z, steps, gamma, noise, last)
+def expected_embedding(head: nn.Module, hidden: Tensor, E: Tensor, temperature: float = 1.0
+                       ) -> Tensor:
+    """D E = sum_v D[v] E[v], the denoised state (B, L, d), from hidden (B, L, d). No gradient."""
+    return by_tokens(lambda hidden: (head(hidden) / temperature).softmax(-1).to(E.dtype) @ E,
+                     head, hidden).to(E.dtype)
+
+
+def most_likely(head: nn.Module, hidden: Tensor) -> Tensor:
+    """argmax_v D[v], tokens (B, L), from hidden (B, L, d). In bfloat16 the largest logits are often
+    equal, and the first in the vocabulary would win: the best four are recomputed in float32."""
+    def best(hidden):
+        few = head(hidden).topk(min(4, head.out_features)).indices  # (n, 4)
+        with torch.autocast(hidden.device.type, enabled=False):
+            again = head.weight[few] @ hidden[..., None].to(head.weight.dtype)      # (n, 4, 1)
+            again = again.squeeze(-1) + head.bias[few]
+        return few.gather(-1, again.argmax(-1, keepdim=True)).squeeze(-1)
+    return by_tokens(best, head, hidden)
+
+
+def drawn(head: nn.Module, hidden: Tensor, rng: torch.Generator, temperature: float = 1.0
+          ) -> Tensor:
+    """Tokens (B, L) drawn from D, each on its own, instead of its mode."""
+    def one(hidden):
+        return draw_tokens((head(hidden).double() / temperature).softmax(-1), rng).squeeze(-1)
+    return by_tokens(one, head, hidden)
+
+
+def sample(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
+           noise: Callable[[], Tensor] | None = None, last: Callable = most_likely,
+           temperature: float = 1.0) -> Tensor:
+    """Tokens (B, L) by Euler steps; see `decode`. With gamma, later steps can correct earlier ones.
+    But every Euler step then goes as far as t~, so its error does not vanish with more steps. The
+    jumps of a flow map have no such error."""
+    return decode(lambda z, tau, _: model(z, tau), model, clock, z, steps, gamma, noise, last,
+                  temperature)
+
+# ------------------------------------------------------------------------------ the head in slices
+
+SLICE = 2 ** 25  # logits held at once on a CPU: 128 MiB in float32, 667 tokens at V = 50,257
+
+
+def slices(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of several tensors (N, ..), of as many tokens as SLICE logits allow. Four times that
+    on a GPU: each slice adds a (V, d) gradient to the head's, so fewer and larger are faster."""
+    n = max(1, (4 if tensors[0].is_cuda else 1) * SLICE // head.out_features)
+    return zip(*(tensor.split(n) for tensor in tensors))
+
+
+@torch.no_grad()
+def by_tokens(function: Callable[..., Tensor], head: nn.Module, *tensors: Tensor) -> Tensor:
+    """function(*tensors) without gradient, a slice of the B L tokens at a time.
+
+    tensors: (B, L, ..) each. function sees slices (n, ..) and returns one (n, ..); the result is
+    (B, L, ..). `head` is asked for its vocabulary size only.
+    """
+    parts = [function(*part) for part in slices(head, *(x.flatten(0, 1) for x in tensors))]
+    return torch.cat(parts).unflatten(0, tensors[0].shape[:2])
+
+
+def draw_tokens(p: Tensor, rng: torch.Generator | None) -> Tensor:
+    """One token a row, (n, 1), from probabilities p (n, V): the first at which their cumulative sum
+    exceeds a uniform u.
+
+    In float64. A float32 u has 24 bits, too few for the rarest tokens, here as in the Gumbel-max
+    trick: they are hardly drawn, the text loses entropy, and its generative perplexity looks better
+    than it is (arXiv 2409.02908). Where p is not finite the token is V, which no embedding has: to
+    check here would be to wait for the device.
+    """
+    sums = p.double().cumsum(-1)
+    u = torch.rand(len(p), 1, dtype=torch.float64, generator=rng, device=p.device)  # below 1
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True)
+
+
+def cross_entropy(head: nn.Module, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """-log D[y] in nats from hidden (B, L, d) and tokens y (B, L): the mean, and each (B, L)."""
+    total, losses = sum_by_tokens(SoftmaxCrossEntropy.apply, head, hidden, y[..., None])
+    return total / y.numel(), losses[..., 0]
+
+
+def sum_by_tokens(function: Callable[..., Tensor], head: nn.Module, hidden: Tensor,
+                  *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of a loss over all tokens, and what `function` returned, (B, L, k), without gradient.
+
+    function(head(hidden), *tensors) sees slices (n, ..) of hidden (B, L, d) and tensors (B, L, ..)
+    and returns (n, k), losses in column 0. Gradients go to hidden and to the head's parameters, not
+    to the other tensors. The sum can be differentiated once.
+    """
+    if torch.is_grad_enabled():
+        flat = [x.flatten(0, 1) for x in tensors]
+        total, values = SumBySlices.apply(function, head, hidden.flatten(0, 1), flat,
+                                          *head.parameters())
+        return total, values.unflatten(0, hidden.shape[:2])
+    values = by_tokens(lambda hidden, *rest: function(head(hidden), *rest), head, hidden, *tensors)
+    return values[..., 0].sum(), values
+
+
+class SumBySlices(torch.autograd.Function):
+    """The gradient of a sum over tokens is known as soon as the loss is. So each slice is
+    differentiated in the forward pass and its logits are dropped. Keeping them would take B L V
+    numbers, recomputing them a fourth product with V."""
+
+    @staticmethod
+    def forward(ctx, function, head, hidden, tensors, *parameters):
+        values, of_hidden, of_head = [], [], None
+        for part, *rest in slices(head, hidden.detach(), *tensors):
+            with torch.enable_grad():
+                value = function(head(part.requires_grad_()), *rest)            # (n, k)
+                gradient, *more = torch.autograd.grad(value[:, 0].sum(), (part, *parameters))
+            values.append(value.detach())
+            of_hidden.append(gradient)
+            if of_head is None:
+                of_head = more
+            else:
+                for whole, addition in zip(of_head, more):
+                    whole += addition
+            del value, more                                         # logits and (V, d) gradient
+        values = torch.cat(values)                                  # (B L, k)
+        ctx.mark_non_differentiable(values)
+        ctx.save_for_backward(torch.cat(of_hidden), *of_head)
+        return values[:, 0].sum(), values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, _):
+        of_hidden, *of_head = (gradient.mul_(scale) for gradient in ctx.saved_tensors)
+        return None, None, of_hidden, None, *of_head
+
+
+class SoftmaxCrossEntropy(torch.autograd.Function):
+    """-sum_v p_v log softmax(logits)_v, (n, 1), from logits (n, V) and p: distributions (n, V) or
+    tokens (n, 1). The gradient softmax(logits) - p is made in place, where autograd would fill an
+    array with zeros for it and read it twice. That is a tenth of the head's time."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, p: Tensor) -> Tensor:
+        log_q = logits.log_softmax(-1)
+        ctx.save_for_backward(log_q, p)
+        if p.is_floating_point():
+            return -(log_q * p).sum(-1, keepdim=True)
+        return -log_q.gather(-1, p)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        log_q, p = ctx.saved_tensors
+        q = log_q.exp_()
+        if p.is_floating_point():
+            q -= p
+        else:
+            q.scatter_add_(-1, p, q.new_full(p.shape, -1))
+        return q.mul_(gradient), None

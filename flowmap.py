@@ -1,26 +1,28 @@
-"""Flow map language models: the mathematics. A flow map jumps along the flow of flow.py in one network evaluation.
+"""Flow map language models (FMLM): the mathematics. A flow map jumps along the flow of flow.py in
+one network evaluation.
 
-The flow map X_{s,t} carries the state at time s to the state at time t. Write its jump as an Euler step that knows
-where to aim,
+The flow map X_{s,t} carries the state at time s to the state at time t. Write its jump as an Euler
+step that knows where to aim,
 
     X_{s,t}(x) = (1 - h) x + h delta_{s,t}(x),        h = (t - s) / (1 - s).
 
-The two-time denoiser delta_{s,t} is a weighted average of the denoisers D met between s and t, hence a distribution
-over the vocabulary, hence again a softmax output. It is trained to agree with itself and with a flow language model:
+The two-time denoiser delta_{s,t} is a weighted average of the denoisers D met between s and t.
+Hence it is a distribution over the vocabulary, and again a softmax output. It is trained to agree
+with itself and with a flow language model:
 
-    diagonal      delta_{t,t} = D_t: a jump of no length is what the FLM (the teacher) already knows;
-    off-diagonal  delta_{s,t} = what makes X a flow map, in one of three ways that differ in what they differentiate:
+    diagonal      delta_{t,t} = D_t: the FLM (the teacher) knows jumps of no length already;
+    off-diagonal  one of three conditions that make X a flow map:
 
-    semigroup   (PSD)  two jumps s -> u -> t land where one jump s -> t does. No derivative, the default;
-    Lagrangian  (LSD)  moving the end t, the landing point follows the flow;
-    Eulerian    (ESD)  moving the start s along the flow, the landing point stays.
+    semigroup   (PSD)  two jumps s -> u -> t land where one jump s -> t does. The default: it
+                       takes no derivative;
+    Lagrangian  (LSD)  as the end t moves, the landing point follows the flow;
+    Eulerian    (ESD)  as the start s moves along the flow, the landing point stays.
 
-Where the teacher's head has another temperature than 1, D is the softened denoiser, and the map learns the flow of that.
-
-Every objective is a KL divergence to a target without gradient. `student` and `target` are callables
-(z, tau_s, tau_t) -> hidden with `head` and `embed.weight` (LSD and ESD differentiate them in forward mode, and add
-attention="math" to the call, which lets PyTorch do that); `teacher` is (z, tau) -> hidden with `head`. All share one frozen
-E, so they see the same noisy state.
+Every loss is a KL divergence to a target without gradient. `student` and `target_net` are callables
+(z, tau_s, tau_t) -> hidden with `head` and `embed.weight`; LSD and ESD differentiate them in
+forward mode, and add attention="math" to the call, which PyTorch can differentiate that way.
+`teacher` is (z, tau) -> hidden with `head`. All share one frozen E, so that they see the same
+noisy state. Start with `loss` and `sample`.
 """
 
 from collections.abc import Callable
@@ -28,177 +30,194 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flow import Clock, corrupt, cross_entropy, decode, expected_embedding, most_likely, move, step_size
-from head import SoftmaxCrossEntropy, sum_by_tokens
+from flow import (Clock, SoftmaxCrossEntropy, corrupt, cross_entropy, decode, expected_embedding,
+                  latent_noise, most_likely, move, step_size, sum_by_tokens)
 
-Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a function of slices of those (B, L, ..) -> (n, V)
+Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+# A function of slices of those tensors (B, L, ..) that returns distributions (n, V).
+
+# ------------------------------------------------------------------------------ the loss
+
+def loss(student: Callable, target_net: Callable, teacher: Callable | None, clock: Clock,
+         objective: str, y: Tensor, tau_s: Tensor, tau_t: Tensor, rng: torch.Generator,
+         n_diagonal: int, factor: Tensor | None = None, split: float = 0.5,
+         teacher_temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of an FMLM on tokens y (B, L) for jumps from tau_s to tau_t (B,), with noise from
+    rng: the mean in nats a token, each token's (B, L) without gradient, and the mass cut from
+    off-diagonal targets, (B - n_diagonal, L).
+
+    The first n_diagonal rows have tau_t = tau_s and learn the denoiser. The others learn jumps by
+    `objective`, a key of OBJECTIVES. Both go through the student in one pass.
+
+    target_net: computes the off-diagonal targets: the student itself, or its moving average.
+    teacher: the FLM. None for self-distillation: the diagonal learns from the data, and the target
+    network's own diagonal takes the place of D_t.
+    factor: noise_factor(E), formed once for the frozen E.
+    split: of psd, where on the way from tau_s to tau_t the two jumps of a target meet.
+    teacher_temperature: other than 1, D is the teacher's denoiser at that temperature, and the map
+    learns the flow of that.
+    """
+    n, B, E = n_diagonal, len(y), student.embed.weight
+    z = corrupt(E, y, clock.t_of_tau(tau_s), latent_noise(E, y.shape, rng, factor))
+    hidden = student(z, tau_s, tau_t)                               # (B, L, d)
+    if teacher is None:
+        diagonal, losses = cross_entropy(student.head, hidden[:n], y[:n])
+        teacher = Denoiser(target_net, times=2)
+    else:
+        teacher = Denoiser(teacher, teacher_temperature)
+        with torch.no_grad():
+            denoised = teacher(z[:n], tau_s[:n])
+        diagonal, losses, _ = kl_to_target(
+            student.head, hidden[:n], (lambda h: teacher.head(h).softmax(-1), (denoised,)))
+    extra = dict(split=split) if objective == "psd" else {}
+    target = OBJECTIVES[objective](target_net, teacher, clock, z[n:], tau_s[n:], tau_t[n:], **extra)
+    jumps, more, cut = kl_to_target(student.head, hidden[n:], target)
+    mean = (n * diagonal + (B - n) * jumps) / B if n else jumps
+    return mean, torch.cat([losses, more]), cut
 
 
-# ---------------------------------------------------------------- times
+def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(target || softmax(head(hidden))) in nats: the mean over tokens, to differentiate, and each
+    (B, L); and how far each target had left the simplex, (B, L).
+
+    A target with a derivative in it can have negative entries. They are set to zero and the rest is
+    rescaled to sum to one. The training log shows the mass cut off: a projected target is biased.
+    """
+    function, tensors = target
+
+    def divergence(logits, *tensors):
+        with torch.no_grad():
+            raw = function(*tensors)                                # (n, V), sums to one
+            cut = raw.clamp_max(0).sum(-1, keepdim=True).neg()      # (n, 1)
+            p = raw.clamp_min(0)
+            p /= p.sum(-1, keepdim=True)
+            # Three times as fast as xlogy.
+            entropy = -p.clamp_min(1e-37).log_().mul_(p).sum(-1, keepdim=True)
+        return torch.cat([SoftmaxCrossEntropy.apply(logits, p) - entropy, cut], dim=-1)
+    total, values = sum_by_tokens(divergence, head, hidden, *tensors)
+    return total / max(1, values[..., 0].numel()), *values.unbind(-1)
+
+
+class Denoiser:
+    """D_t of an FLM at a temperature, or the diagonal of a flow map (two times), delta_{t,t}."""
+
+    def __init__(self, model: Callable, temperature: float = 1.0, times: int = 1):
+        self.model, self.temperature, self.times = model, temperature, times
+
+    def __call__(self, z: Tensor, tau: Tensor) -> Tensor:
+        return self.model(z, *[tau] * self.times)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden) / self.temperature
+
+# ------------------------------------------------------------------------------ times
 
 def off_diagonal_times(length: Tensor, place: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and end (tau_s, tau_t), (B,) each, of jumps on the clock: `length` and `place` are uniform on [0, 1], the
-    jump covers `length` of the clock and starts at `place` of what is left. Where `full` is true it is (0, 1)."""
+    """Start and end (tau_s, tau_t), (B,) each, of jumps on the clock. `length` and `place` are
+    uniform on [0, 1]: the jump covers `length` of the clock and starts at `place` of what is left.
+    Where `full` is true it is (0, 1)."""
     tau_s = torch.where(full, 0.0, place * (1 - length))
     return tau_s, torch.where(full, 1.0, (tau_s + length).clamp_max(1))
 
 
 def semigroup_weight(s: Tensor, u: Tensor, t: Tensor) -> Tensor:
-    """g = (1 - t)(u - s) / ((1 - u)(t - s)) in [0, 1] for s <= u <= t: what delta_{s,u} weighs in delta_{s,t}. 0 at
-    t = 1 unless u = 1 too, 1 at u = t."""
+    """g = (1 - t)(u - s) / ((1 - u)(t - s)) in [0, 1] for s <= u <= t, the weight of delta_{s,u} in
+    delta_{s,t}. 0 at t = 1 unless u = 1 too, and 1 at u = t."""
     inside = u < t  # hence s < t and u < 1
     g = (1 - t) / torch.where(inside, 1 - u, 1.0) * ((u - s) / torch.where(inside, t - s, 1.0))
     return torch.where(inside, g, 1.0).clamp(0, 1)
 
-
-# ---------------------------------------------------------------- the three objectives
+# ------------------------------------------------------------------------------ the objectives
 
 @torch.no_grad()
-def semigroup_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor,
-                     split: float = 0.5) -> Target:
-    """PSD: g delta_{s,u}(z) + (1 - g) delta_{u,t}(X_{s,u}(z)), with u at `split` of the way from s to t on the clock.
-    Two forward passes."""
+def semigroup_target(target_net: Callable, teacher: Callable, clock: Clock, z: Tensor,
+                     tau_s: Tensor, tau_t: Tensor, split: float = 0.5) -> Target:
+    """PSD: g delta_{s,u}(z) + (1 - g) delta_{u,t}(X_{s,u}(z)), with u at `split` of the way from s
+    to t on the clock. Two forward passes."""
     tau_u = torch.lerp(tau_s, tau_t, split)
     s, u, t = (clock.t_of_tau(tau) for tau in (tau_s, tau_u, tau_t))
-    first = target(z, tau_s, tau_u)                                             # (B, L, d)
-    z_u = move(z, expected_embedding(target.head, first, target.embed.weight), s, u)
-    second = target(z_u, tau_u, tau_t)
+    first = target_net(z, tau_s, tau_u)                             # (B, L, d)
+    z_u = move(z, expected_embedding(target_net.head, first, target_net.embed.weight), s, u)
+    second = target_net(z_u, tau_u, tau_t)
 
     def average(first, second, g):
-        return g * target.head(first).softmax(-1) + (1 - g) * target.head(second).softmax(-1)
+        delta_su, delta_ut = target_net.head(first), target_net.head(second)
+        return g * delta_su.softmax(-1) + (1 - g) * delta_ut.softmax(-1)
     return average, (first, second, per_token(semigroup_weight(s, u, t), first))
 
 
 @torch.no_grad()
-def lagrangian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor
-                      ) -> Target:
+def lagrangian_target(target_net: Callable, teacher: Callable, clock: Clock, z: Tensor,
+                      tau_s: Tensor, tau_t: Tensor) -> Target:
     """LSD: D_t(X_{s,t}(z)) - (1 - t)(t - s)/(1 - s) d delta_{s,t}(z) / dt."""
     s, t = clock.t_of_tau(tau_s), clock.t_of_tau(tau_t)
-    hidden, tangent = torch.func.jvp(lambda tau_t: differentiable(target)(z, tau_s, tau_t, attention="math"),
+    net = uncompiled(target_net)
+    hidden, tangent = torch.func.jvp(lambda tau_t: net(z, tau_s, tau_t, attention="math"),
                                      (tau_t,), (clock.dtau_dt(t).to(tau_t.dtype),))
-    z_t = move(z, expected_embedding(target.head, hidden, target.embed.weight), s, t)
+    z_t = move(z, expected_embedding(net.head, hidden, net.embed.weight), s, t)
     denoised = teacher(z_t, tau_t)
     speed = -(1 - t) * step_size(s, t)
 
     def follow(denoised, hidden, tangent, speed):
-        return teacher.head(denoised).softmax(-1) + speed * softmax_and_tangent(target.head, hidden, tangent)[1]
+        slope = softmax_and_tangent(net.head, hidden, tangent)[1]
+        return teacher.head(denoised).softmax(-1) + speed * slope
     return follow, (denoised, hidden, tangent, per_token(speed, hidden))
 
 
 @torch.no_grad()
-def eulerian_target(target: Callable, teacher: Callable, clock: Clock, z: Tensor, tau_s: Tensor, tau_t: Tensor
-                    ) -> Target:
-    """ESD: D_s(z) + (t - s)/(1 - t) [(1 - s) d delta_{s,t}/ds + (D_s(z) E - z) . grad_z delta_{s,t}].
+def eulerian_target(target_net: Callable, teacher: Callable, clock: Clock, z: Tensor,
+                    tau_s: Tensor, tau_t: Tensor) -> Target:
+    """ESD: D_s(z) + (t - s)/(1 - t) bracket, with
+    bracket = (1 - s) d delta_{s,t}/ds + (D_s(z) E - z) . grad_z delta_{s,t}.
 
-    The factor diverges at t = 1, where the bracket of a flow map vanishes: infinity times 0 is delta - D there, and a
-    factor merely cut off would leave D. So past tau = 1 - 1e-4, where all but one token in 10,000 is decoded, the target
-    goes only part of the way from delta to this, (1 - t)/c of it, with c = 1 - t at that tau,
+    The factor diverges at t = 1, where the bracket of a flow map vanishes. Cutting the factor off
+    would leave D there instead of delta. So past tau = 1 - 1e-4, where all but one token in 10,000
+    is decoded, the target goes only (1 - t)/c of the way from delta to this, c = 1 - t at that tau,
 
         delta + [(1 - t)(D - delta) + (t - s) bracket] / c,
 
     which is finite, and equal to delta for a flow map.
     """
     s, t = clock.t_of_tau(tau_s), clock.t_of_tau(tau_t)
+    net = uncompiled(target_net)
     denoised = teacher(z, tau_s)
-    direction = expected_embedding(teacher.head, denoised, target.embed.weight) - z
+    direction = expected_embedding(teacher.head, denoised, net.embed.weight) - z
     clock_speed = ((1 - s) * clock.dtau_dt(s)).to(tau_s.dtype)
-    hidden, tangent = torch.func.jvp(lambda z, tau_s: differentiable(target)(z, tau_s, tau_t, attention="math"),
+    hidden, tangent = torch.func.jvp(lambda z, tau_s: net(z, tau_s, tau_t, attention="math"),
                                      (z, tau_s), (direction, clock_speed))
-    last = clock.t_of_tau(torch.full((1,), 1 - 1e-4, dtype=clock.t.dtype, device=z.device))  # (1,)
-    c = 1 - torch.minimum(t, last)                                              # 1 - t before the last part of the clock
+    last = clock.t_of_tau(torch.full((1,), 1 - 1e-4, dtype=clock.t.dtype, device=z.device))
+    c = 1 - torch.minimum(t, last)                                  # 1 - t up to tau = 1 - 1e-4
 
     def stay(denoised, hidden, tangent, part, factor):
-        delta, slope = softmax_and_tangent(target.head, hidden, tangent)
+        delta, slope = softmax_and_tangent(net.head, hidden, tangent)
         return torch.lerp(delta, teacher.head(denoised).softmax(-1), part) + factor * slope
-    return stay, (denoised, hidden, tangent, per_token((1 - t) / c, hidden), per_token((t - s) / c, hidden))
+    part, factor = per_token((1 - t) / c, hidden), per_token((t - s) / c, hidden)
+    return stay, (denoised, hidden, tangent, part, factor)
 
 
 OBJECTIVES = {"psd": semigroup_target, "lsd": lagrangian_target, "esd": eulerian_target}
 
 
-def differentiable(model: Callable) -> Callable:
+def uncompiled(model: Callable) -> Callable:
     """The network without torch.compile, which forward-mode derivatives do not pass through."""
     return getattr(model, "_orig_mod", model)
 
 
 def softmax_and_tangent(head: Callable, hidden: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(head(hidden)), (n, V), and its derivative (n, V) along tangent (n, d)."""
-    return torch.func.jvp(lambda hidden: head(hidden).softmax(-1), (hidden,), (tangent.to(hidden.dtype),))
+    return torch.func.jvp(lambda hidden: head(hidden).softmax(-1), (hidden,),
+                          (tangent.to(hidden.dtype),))
 
 
 def per_token(scalar: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, L, 1), in float32 or better: what by_tokens can slice."""
+    """(B,) -> (B, L, 1), in float32 or better, for `sum_by_tokens` to slice."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return scalar.to(dtype)[:, None, None].expand(-1, like.size(1), -1)
 
+# ------------------------------------------------------------------------------ sampling
 
-# ---------------------------------------------------------------- the loss
-
-def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(target || softmax(head(hidden))), nats: the sum, to differentiate, and each (B, L); and how far each target had
-    left the simplex, (B, L).
-
-    A target with a derivative in it can have negative entries. They are set to zero and the rest rescaled to sum to
-    one; the mass cut off is returned, for the training log to show, since a projected target is a biased one.
-    """
-    function, tensors = target
-
-    def divergence(logits, *tensors):
-        with torch.no_grad():
-            raw = function(*tensors)                                            # (n, V), sums to one
-            cut = raw.clamp_max(0).sum(-1, keepdim=True).neg()                  # (n, 1)
-            p = raw.clamp_min(0)
-            p /= p.sum(-1, keepdim=True)
-            entropy = -p.clamp_min(1e-37).log_().mul_(p).sum(-1, keepdim=True)  # three times as fast as xlogy
-        return torch.cat([SoftmaxCrossEntropy.apply(logits, p) - entropy, cut], dim=-1)
-    total, values = sum_by_tokens(divergence, head, hidden, *tensors)
-    return total, *values.unbind(-1)
-
-
-def distillation_loss(student: Callable, target: Callable, teacher: Callable | None, clock: Clock, objective: str,
-                      y: Tensor, tau_s: Tensor, tau_t: Tensor, z0: Tensor, n_diagonal: int, split: float = 0.5
-                      ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of an FMLM, nats a token: the mean, to differentiate, and each (B, L); and the mass cut from off-diagonal
-    targets, (B - n_diagonal, L).
-
-    The first n_diagonal rows have tau_t = tau_s and learn the denoiser; the others learn jumps by `objective`, a key of
-    OBJECTIVES. Both go through the student in one pass. y (B, L) tokens, tau_s and tau_t (B,), z0 (B, L, d) noise.
-
-    target: the network that off-diagonal targets are computed with: the student itself, or its moving average.
-    teacher: the FLM; None for self-distillation, where the diagonal learns from the data, and the place of D_t is
-    taken by the target network's own diagonal.
-    split: of psd, where on the way the two jumps of a target meet.
-    """
-    n, extra = n_diagonal, dict(split=split) if objective == "psd" else {}
-    z = corrupt(student.embed.weight, y, clock.t_of_tau(tau_s), z0)
-    hidden = student(z, tau_s, tau_t)                                           # (B, L, d)
-    if teacher is None:
-        total, diagonal = cross_entropy(student.head, hidden[:n], y[:n])
-        teacher = OwnDiagonal(target)
-    else:
-        with torch.no_grad():
-            denoised = teacher(z[:n], tau_s[:n])
-        total, diagonal, _ = kl_to_target(student.head, hidden[:n],
-                                          (lambda h: teacher.head(h).softmax(-1), (denoised,)))
-    more, off_diagonal, cut = kl_to_target(student.head, hidden[n:],
-                                           OBJECTIVES[objective](target, teacher, clock, z[n:], tau_s[n:], tau_t[n:],
-                                                                 **extra))
-    return (total + more) / y.numel(), torch.cat([diagonal, off_diagonal]), cut
-
-
-class OwnDiagonal:
-    """A flow map used as a denoiser: D_t(z) = delta_{t,t}(z)."""
-
-    def __init__(self, model: Callable):
-        self.model, self.head = model, model.head
-
-    def __call__(self, z: Tensor, tau: Tensor) -> Tensor:
-        return self.model(z, tau, tau)
-
-
-# ---------------------------------------------------------------- sampling
-
-def sample_flow_map(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
-                    noise: Callable[[], Tensor] | None = None, last: Callable = most_likely) -> Tensor:
-    """Tokens (B, L) by jumps X_{s,t}; see flow.decode."""
-    return decode(model, model, clock, z, steps, gamma, noise, last)
+def sample(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
+           noise: Callable[[], Tensor] | None = None, last: Callable = most_likely,
+           temperature: float = 1.0) -> Tensor:
+    """Tokens (B, L) by `steps` jumps X_{s,t} from noise z (B, L, d); see flow.decode."""
+    return decode(model, model, clock, z, steps, gamma, noise, last, temperature)

@@ -2,20 +2,21 @@
 
 It is a GPT without the causal mask and with two additions:
 
-- **time conditioning.** The position on the clock, `tau` in [0, 1], is turned into sinusoidal features, then into a
-  vector that shifts, scales and gates every block (adaptive layer norm, "adaLN"). A flow *map* has two times, where it
-  starts (`tau`) and where it lands (`tau_t`): a second time embedding is added to the first;
-- **it starts from `z`, not from token ids.** The state of the flow is one-hot text mixed with noise, `x` (B, L, V), but
-  the network only ever reads it through the embedding, `z = x E` (B, L, d). flow.py makes `z` without making `x`.
+- **time conditioning.** The place on the clock, `tau` in [0, 1], becomes sinusoidal features, then
+  a vector that shifts, scales and gates every block (adaptive layer norm, "adaLN"). A flow *map*
+  has two times, where it starts (`tau`) and where it lands (`tau_t`): it adds a second embedding;
+- **it starts from `z`, not from token ids.** The state of the flow is one-hot text mixed with
+  noise, `x` (B, L, V). The network reads it only through the embedding, `z = x E` (B, L, d), and
+  flow.py makes `z` without making `x`.
 
-`model(z, tau)` returns hidden states (B, L, d) and `model.head` turns hidden states into logits (.., V). They are two
-calls so that callers can apply the head to a few tokens at a time: at V = 50,257 the logits of a batch are by far the
-largest tensor there is.
+`model(z, tau)` returns hidden states (B, L, d), and `model.head` turns hidden states into logits
+(.., V). They are two calls so that callers can apply the head to a few tokens at a time: at
+V = 50,257 the logits of a batch are by far the largest tensor there is.
 
-Two options are ours, not the paper's, and both are off in a network that mirrors a released checkpoint:
-`learned_positions` (rotary attention only sees differences of positions, and pure noise looks the same everywhere, so
-without them the network cannot know at tau = 0 where it is) and `time_scale` (unscaled, all phases of the sinusoids
-stay below one radian and the features hardly move between tau = 0 and 1).
+Two options are ours, not the paper's, and a network that mirrors a released checkpoint has neither:
+`learned_positions` (rotary attention sees only differences of positions, and pure noise looks the
+same everywhere, so at tau = 0 the network could not tell where it is) and `time_scale` (unscaled,
+all phases of the sinusoids stay below one radian, and the features hardly move with tau).
 """
 
 import functools
@@ -39,14 +40,15 @@ class ModelConfig:
     dropout: float = 0.1             # on the output of every attention and MLP branch
     flow_map: bool = False           # two time embeddings instead of one
     learned_positions: bool = True   # add a learned vector per absolute position to z
-    position_std: float = 0.1        # initial size of those vectors; pure noise z0 starts with size 1
-    time_scale: float = 30.0         # tau is multiplied by this before the sinusoids; 1 in the paper
-    attention_softcap: float = 0.0   # attention logits become c tanh(logit / c); 50 in the paper, 0 = off
+    position_std: float = 0.1        # initial size of those vectors; pure noise z0 has size 1
+    time_scale: float = 30.0         # times tau before the sinusoids; 1 in the paper
+    attention_softcap: float = 0.0   # logits become c tanh(logit / c); 50 in the paper, 0 = off
     logit_softcap: float = 0.0       # the same for the output logits; 30 in the paper, 0 = off
 
     def __post_init__(self):
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+            raise ValueError(f"n_embd={self.n_embd} must be an even multiple of "
+                             f"n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie between 0 and 1")
 
@@ -54,12 +56,13 @@ class ModelConfig:
 def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "auto") -> Tensor:
     """Attention over all positions; q, k, v and the result are (B, H, L, d_head).
 
-    path: "sdpa"  the fused kernel, which knows no soft cap;
-          "flex"  flex_attention, compiled: soft cap without an (L, L) matrix, CUDA only in practice;
-          "math"  plain matrix products: the reference, and the only one forward-mode derivatives pass through;
-          "causal"  every token sees itself and those before it, as autoregressive models do (baselines/ar.py): no cap;
-          "auto"  sdpa without a cap, flex on CUDA with one, math elsewhere. Also math instead of flex for up to 256
-                  tokens, whose (L, L) matrix is small, and instead of sdpa on a CPU, where its backward pass is slower.
+    path: "sdpa"    the fused kernel, which has no soft cap;
+          "flex"    flex_attention, compiled: a soft cap without an (L, L) matrix, for CUDA;
+          "math"    plain matrix products: the reference, and the only one with forward derivatives;
+          "causal"  tokens see themselves and those before them, for baselines/ar.py: no cap;
+          "auto"    sdpa without a cap, flex on CUDA with one, math elsewhere. Up to 256 tokens math
+                    replaces flex (the (L, L) matrix is small), and sdpa on a CPU, where the
+                    backward pass of sdpa is slower.
     Raises ValueError for sdpa or causal with a cap and for an unknown path.
     """
     if path == "auto":
@@ -75,21 +78,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, path: str = "a
     if path == "flex":
         return flex(q, k, v, softcap)
     if path == "math":
-        logits = q @ k.transpose(-2, -1)                                        # (B, H, L, L)
-        if softcap:  # in 16 bits it would double the error of the logits
+        logits = q @ k.transpose(-2, -1)                            # (B, H, L, L)
+        if softcap:  # in 16 bits the cap would double the error of the logits
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cap(logits / math.sqrt(q.size(-1)), softcap).softmax(-1).to(v.dtype) @ v
     raise ValueError(f"attention path {path!r} cannot be used with softcap={softcap}")
 
 
 def cap(logits: Tensor, softcap: float) -> Tensor:
-    """c tanh(logits / c): the identity for small logits, never beyond +-c. softcap 0 leaves them as they are."""
+    """c tanh(logits / c): the identity for small logits, never beyond +-c. softcap 0: no cap."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
-    """Soft-capped attention without an (L, L) matrix: the cap goes into the fused kernel as a function of one score."""
-    from torch.nn.attention.flex_attention import flex_attention  # slow to import, and a CPU does without it
+    """Soft-capped attention without an (L, L) matrix: the fused kernel caps each score."""
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import; GPUs only
 
     def capped(score, batch, head, i, j):
         return softcap * torch.tanh(score / softcap)
@@ -99,7 +102,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """torch.compile, once: on its own flex_attention would hold the (L, L) matrix that it exists to avoid."""
+    """torch.compile, once. Uncompiled, flex_attention holds the (L, L) matrix it should avoid."""
     return torch.compile(function)
 
 
@@ -112,7 +115,8 @@ def rotary_table(L: int, d_head: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: turn the pairs (x[i], x[i + d_head/2]) by position-dependent angles. x: (B, H, L, d_head)."""
+    """Rotary positions: turn the pairs (x[i], x[i + d_head/2]) of x (B, H, L, d_head) by angles
+    that grow with the position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
@@ -128,13 +132,14 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, tau: Tensor) -> Tensor:
         frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=tau.device) / 128)
-        phases = self.time_scale * tau[:, None] * frequencies                   # (B, 128), not in half precision
-        features = torch.cat((phases.cos(), phases.sin()), dim=-1)              # (B, 256)
+        phases = self.time_scale * tau[:, None] * frequencies       # (B, 128), never in 16 bits
+        features = torch.cat((phases.cos(), phases.sin()), dim=-1)  # (B, 256)
         return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
 
 
 class Norm(nn.Module):
-    """Layer norm with a learned weight and no bias, then the time's shift and scale: norm(x) (1 + scale) + shift."""
+    """Layer norm with a weight and no bias, then the time's shift and scale: norm(x) (1 + scale) +
+    shift."""
 
     def __init__(self, n_embd: int):
         super().__init__()
@@ -148,47 +153,51 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d = config.n_embd
-        self.n_head, self.dropout, self.softcap = config.n_head, config.dropout, config.attention_softcap
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.softcap = config.attention_softcap
         self.norm1 = Norm(d)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
         self.norm2 = Norm(d)
         self.mlp_in = nn.Linear(d, 4 * d)
         self.mlp_out = nn.Linear(4 * d, d)
-        self.modulation = nn.Linear(config.n_time, 6 * d)  # shift, scale, gate for attention, then for the MLP
+        self.modulation = nn.Linear(config.n_time, 6 * d)  # shift, scale, gate of attention and MLP
 
     def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, path: str) -> Tensor:
         B, L, d = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time)[:, None].chunk(6, dim=-1)  # (B, 1, d)
+        modulation = self.modulation(time)[:, None]                 # (B, 1, 6 d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
 
         qkv = self.qkv(self.norm1(x, shift1, scale1)).view(B, L, 3, self.n_head, d // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # (B, H, L, d_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, H, L, d_head)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = attend(q, k, v, self.softcap, path).transpose(1, 2).reshape(B, L, d)
         x = x + gate1 * F.dropout(self.attn_out(mixed), self.dropout, self.training)
 
-        hidden = F.gelu(self.mlp_in(self.norm2(x, shift2, scale2)), approximate="tanh")  # (B, L, 4d)
+        hidden = self.mlp_in(self.norm2(x, shift2, scale2))         # (B, L, 4 d)
+        hidden = F.gelu(hidden, approximate="tanh")
         return x + gate2 * F.dropout(self.mlp_out(hidden), self.dropout, self.training)
 
 
 class Head(nn.Linear):
-    """Hidden states (.., d) -> logits (.., V). Returned in float32 at least: under autocast the product is bfloat16, but
-    the cap and the log-softmax that follow must not be. A sampler may set `temperature`: below 1 every guess is sharper."""
+    """Hidden states (.., d) -> logits (.., V), in float32 at least: under autocast the product is
+    bfloat16, but the cap and the log-softmax that follow must not be."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, config.vocab_size)
-        self.softcap, self.temperature = config.logit_softcap, 1.0
+        self.softcap = config.logit_softcap
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = super().forward(hidden)
-        logits = cap(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, self.softcap)
-        return logits if self.temperature == 1 else logits / self.temperature
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return cap(logits, self.softcap)
 
 
 class FlowTransformer(nn.Module):
-    """The denoiser D_t of a flow language model, or the two-time denoiser delta_{s,t} of a flow map (design of both:
-    flow.py, flowmap.py). `embed.weight` is the matrix E (V, d) of z = x E."""
+    """The denoiser D_t of a flow language model (flow.py), or the two-time denoiser delta_{s,t} of
+    a flow map (flowmap.py). `embed.weight` is the matrix E (V, d) of z = x E."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -207,9 +216,9 @@ class FlowTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """E starts so that x0 E, a sum of V terms, has unit variance; every modulation and the head start at zero, so
-        that each block begins as the identity and the model as a uniform guess; a flow map's second time embedding
-        starts as zero, so that it begins as the FLM whose weights it is given."""
+        """E starts so that x0 E, a sum of V terms, has unit variance. Every modulation and the head
+        start at zero: each block begins as the identity and the model as a uniform guess. So does a
+        flow map's second time embedding: the map begins as the FLM whose weights it is given."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5)
@@ -223,22 +232,26 @@ class FlowTransformer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z: Tensor, tau: Tensor, tau_t: Tensor | None = None, attention: str = "auto") -> Tensor:
-        """Hidden states (B, L, d) for the state z (B, L, d) at clock time tau (B,); a flow map also needs the clock
-        time tau_t (B,) it jumps to. `attention` is a path of `attend`. Raises ValueError when the number of times does
-        not fit the network, or z is longer than the learned positions."""
+    def forward(self, z: Tensor, tau: Tensor, tau_t: Tensor | None = None, attention: str = "auto"
+                ) -> Tensor:
+        """Hidden states (B, L, d) for the state z (B, L, d) at clock time tau (B,). A flow map also
+        needs the clock time tau_t (B,) it jumps to. `attention` is a path of `attend`. Raises
+        ValueError when the number of times does not fit the network, or z is longer than the
+        learned positions."""
         if (tau_t is not None) != self.config.flow_map:
             raise ValueError("a flow map takes tau and tau_t, a flow takes tau alone")
         if self.config.learned_positions:
             if z.size(1) > self.config.block_size:
-                raise ValueError(f"{z.size(1)} tokens, but the model has positions for {self.config.block_size}")
+                raise ValueError(f"{z.size(1)} tokens, but the model has positions for "
+                                 f"{self.config.block_size}")
             z = z + self.positions[:z.size(1)]
         time = self.time_s(tau)
         if tau_t is not None:
             time = time + self.time_t(tau_t)
-        time = F.silu(time)                                                    # (B, n_time)
-        cos, sin = rotary_table(z.size(1), self.config.n_embd // self.config.n_head, z.device)
+        time = F.silu(time)                                         # (B, n_time)
+        d_head = self.config.n_embd // self.config.n_head
+        cos, sin = rotary_table(z.size(1), d_head, z.device)
         for block in self.blocks:
             z = block(z, time, cos, sin, attention)
-        shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)     # (B, 1, d)
+        shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)      # (B, 1, d)
         return self.norm_out(z, shift, scale)

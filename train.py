@@ -1,31 +1,37 @@
 """Train a flow language model (FLM): noise in, text out, by a continuous flow over one-hot tokens.
 
-    python train.py                                                # the default set, on whatever this computer has
-    python train.py config/palindromes.py --max_iters=500          # a config file, then single settings
-    torchrun --nproc_per_node=8 train.py config/owt.py             # the published recipe
+    python train.py                                            # the default set, on this computer
+    python train.py config/palindromes.py --max_iters=500      # a config file, then single settings
+    torchrun --nproc_per_node=8 train.py config/owt.py         # the published recipe
 
-Ends with out_dir/flm.pt, which distill.py turns into a flow map and sample.py turns into text. Ctrl-C writes a
-checkpoint too; continue with --init_from=resume. --method trains one of the models of baselines/ instead, on the same
-network and data, into a file of its own name.
+Ends with out_dir/flm.pt, which distill.py turns into a flow map and sample.py turns into text.
+Ctrl-C writes a checkpoint too; continue with --init_from=resume. --method trains a baseline instead
+(baselines/), on the same network and data, into a file of its own name.
 
-Notable: the loss is plain cross-entropy at a random time, but no noise of vocabulary width is ever drawn (flow.py); the
-validation loss is also shown by time, since a flow learns its late, easy times long before its early, hard ones.
+Notable: the loss is cross-entropy at a random time, but no noise of vocabulary width is ever drawn
+(flow.py). The validation loss is also shown by time: a flow learns late, easy times long before
+early, hard ones.
 """
 
+import contextlib
 import copy
 import importlib
+import math
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-import common
-import storage
-import training
 from data.loader import Data
-from flow import flow_loss, latent_noise, noise_factor, stratified
-from model import ModelConfig
+from flow import Clock, stratified
+from lib import checkpoint as ckpt
+from lib import machine as lib
+from lib.settings import configure, fail, require_choice, require_in, require_trainable
+from model import FlowTransformer, ModelConfig
 
 # -- input and output
 out_dir = "out/pydocs"           # flm.pt and flm.jsonl (the log) go here
@@ -35,7 +41,7 @@ eval_interval = 250              # steps between validations; each also writes t
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
-method = "flm"                   # or a file of baselines/, for comparison: ar, mdlm, duo; dense, mse, noclock
+method = "flm"                   # or a file of baselines/: ar, mdlm, duo; dense, mse, noclock
 # -- model
 n_layer = 4
 n_head = 4
@@ -43,15 +49,15 @@ n_embd = 256                     # width d; z = x E has this many dimensions ins
 n_time = 128                     # width of the time embedding
 dropout = 0.0                    # 0.1 in the paper; a short run on a CPU does not need it
 block_size = 64                  # L, tokens in a sequence
-learned_positions = True         # ours: pure noise carries no positions, rotary attention alone cannot tell them apart
+learned_positions = True         # ours: pure noise carries no positions, and rotary alone sees none
 position_std = 0.1               # their standard deviation at first; pure noise has 1
-time_scale = 30.0                # ours: spreads tau over the phases of its sinusoids; 1 in the paper
+time_scale = 30.0                # ours: spreads tau over its sinusoids' phases; 1 in the paper
 attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
-clock_embedding_share = 0.0      # share of a clock that counts what the d-dimensional network sees; 0 = published
+clock_embedding_share = 0.0      # of a clock that counts what d dimensions show; 0 = published
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
-gradient_accumulation_steps = 1  # micro-steps in a step, over all processes: a multiple of their number
+gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
 max_iters = 1000                 # optimizer steps
 learning_rate = 2e-3
 schedule = "cosine"              # or constant, as published
@@ -62,119 +68,171 @@ beta1 = 0.9
 beta2 = 0.99
 weight_decay = 0.0
 grad_clip = 1.0                  # largest norm of the gradient; 0 = any
-ema_decay = 0.999                # moving average of the weights: what is validated, sampled and distilled
+ema_decay = 0.999                # moving average of the weights: validated, sampled and distilled
 # -- system
 device = "auto"                  # cuda, mps or cpu
-dtype = "auto"                   # bfloat16, float16 or float32: whichever matrix products are fast in
+dtype = "auto"                   # bfloat16, float16, float32; auto: the fastest the hardware has
 compile = False                  # torch.compile: worth it on a GPU, needs a C++ compiler on a CPU
 seed = 1
 
-settings = common.configure(globals(), sys.argv[1:])
+settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
-common.require_choice("method", method, ("flm", *training.BASELINES))
-training.require_trainable(settings)
+require_choice("method", method, ("flm", "ar", "mdlm", "duo", "dense", "mse", "noclock"))
+require_trainable(settings)
+require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
+require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
+require_in(settings, "[0, 1]", "clock_embedding_share")
 if method == "ar" and attention_softcap:
-    common.fail("method=ar has no soft cap on its attention; add --attention_softcap=0")
-common.require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
-common.require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
-common.require_in(settings, "[0, 1]", "clock_embedding_share")
+    fail("method=ar has no soft cap on its attention; add --attention_softcap=0")
 
-# ---------------------------------------------------------------- set-up
+# ------------------------------------------------------------------------------ machine
 
-machine = common.Machine(device, dtype)
-path = Path(out_dir) / f"{method}.pt"
-baseline = importlib.import_module(f"baselines.{method}") if method != "flm" else None
-data = Data(dataset, "train", block_size, seed)
-val_data = Data(dataset, "val", block_size, seed)
-local_steps = training.share_of_steps(gradient_accumulation_steps, machine)
+machine = lib.Machine(device, dtype)
+if gradient_accumulation_steps % machine.world:
+    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the "
+         f"{machine.world} processes, which share the micro-steps of a step")
+local_steps = gradient_accumulation_steps // machine.world
 sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
-shape = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings}
-checkpoint = storage.load_resumable(path, method, init_from, settings,
-                                    [*shape, "clock_embedding_share", *training.FIXED], machine)
-torch.manual_seed(seed)  # every process starts from the same weights
-if checkpoint:
-    storage.require_same_vocabulary(checkpoint, data)
-    model = storage.build_model(checkpoint, machine.device, "model")
-else:
-    model = storage.new_model(data.meta["vocab_size"] + getattr(baseline, "MORE_TOKENS", 0), shape, machine.device)
-ema = copy.deepcopy(model).eval()
-optimizers = training.make_optimizers(model, optimizer, learning_rate, (beta1, beta2), weight_decay, machine.dtype)
-step = storage.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
-resumed_at = step if checkpoint else None                                       # what was validated already
-del checkpoint                                                                  # its memory
-training.require_alike(settings, data, step, machine, model)
+# ------------------------------------------------------------------------------ data
 
-clock = storage.build_clock(model.config, clock_embedding_share, machine.device)
-net = common.compiled(model, machine) if compile else model  # same weights, faster
-log = storage.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
-if machine.main:
-    training.announce(f"baseline {method}" if baseline else "flow language model", model, machine, len(data.tokens),
-                      sequences * block_size, max_iters, path, passes=3)
-
-
-def loss_terms(net, factor, y, times, first, purpose):
-    """The loss, to differentiate, and that of each token, (B, L), of the samples from number `first` on. Training and
-    validation draw noise for different purposes."""
-    if baseline:
-        random = common.generator(seed, purpose, first, device=machine.device)
-        with machine.autocast():
-            return baseline.loss(net, clock, y, times, random)
-    normal = common.sample_normals(common.mix(seed, purpose), range(first, first + batch_size), block_size, machine.device)
-    z0 = latent_noise(net.embed.weight, factor, normal)
-    with machine.autocast():
-        return flow_loss(net, clock, y, times, z0)
-
-
-@torch.no_grad()
-def validate() -> tuple[float, list[float | None]]:
-    """The mean loss of the moving average on held-out text, nats a token, and its mean in tenths of tau. Of a flow a
-    cross-entropy, whose mean over the clock is no likelihood (that is bound.py's); of ar the negative log-likelihood, of
-    mdlm and duo a bound on it. The same texts, times and noise at every call."""
-    total = torch.zeros(2, 10, dtype=torch.float64 if machine.device.type != "mps" else torch.float32,
-                        device=machine.device)                                  # losses, counts
-    tau = stratified(eval_iters * batch_size, common.generator(seed, common.VAL_TIMES))
-    factor = None if baseline else noise_factor(ema.embed.weight, eval_iters * batch_size * block_size)
-    for i in range(machine.rank, eval_iters, machine.world):
-        y = machine.put(val_data.rows(i * batch_size, batch_size))              # (B, L)
-        times = machine.put(tau[i * batch_size:(i + 1) * batch_size].float())   # (B,)
-        _, losses = loss_terms(ema, factor, y, times, i * batch_size, common.VAL_NOISE)  # (B, L)
-        loss = losses.mean(1)                                                   # (B,)
-        total.index_add_(1, (times * 10).long().clamp_max(9),
-                         torch.stack([loss, torch.ones_like(loss)]).to(total.dtype))
-    losses, counts = machine.total(total).cpu()
-    return (losses.sum() / counts.sum()).item(), training.bin_means(losses, counts)
+data = Data(dataset, "train", block_size, seed)
+val_data = Data(dataset, "val", block_size, seed)
 
 
 def batch(n: int):
-    """Micro-step n of this process, on its way to the device: the number of its first sample, tokens (B, L), times (B,).
-    The times of an optimizer step are drawn together, one in each of `sequences` strata."""
+    """Micro-step n of this process, on its way to the device: its key (step, number among all
+    processes' micro-steps), tokens (B, L), times (B,). All its random numbers are a function of the
+    key. The times of a step are drawn together, one in each of `sequences` strata."""
     at, i = divmod(n, local_steps)
-    j = i * machine.world + machine.rank                                        # this micro-step among all processes'
-    first = at * sequences + j * batch_size
-    tau = stratified(sequences, common.generator(seed, common.TIMES, at)).float().view(-1, batch_size)
-    return first, machine.put(data.rows(first, batch_size)), machine.put(tau[j])
+    j = i * machine.world + machine.rank
+    tau = stratified(sequences, lib.generator(seed, lib.TIMES, at)).float().view(-1, batch_size)
+    y = data.rows(at * sequences + j * batch_size, batch_size)
+    return (at, j), machine.put(y), machine.put(tau[j])
+
+# ------------------------------------------------------------------------------ model
+
+method_module = importlib.import_module("flow" if method == "flm" else f"baselines.{method}")
+path = Path(out_dir) / f"{method}.pt"
+shape = {field.name: settings[field.name] for field in fields(ModelConfig)
+         if field.name in settings}
+checkpoint = ckpt.load_resumable(path, method, init_from, settings,
+                                 [*shape, "clock_embedding_share", *ckpt.FIXED], machine)
+torch.manual_seed(seed)
+if checkpoint:
+    ckpt.require_same_vocabulary(checkpoint, data)
+    model = ckpt.build_model(checkpoint, machine.device, "model")
+else:
+    vocab_size = data.meta["vocab_size"] + getattr(method_module, "MORE_TOKENS", 0)
+    try:
+        model = FlowTransformer(ModelConfig(vocab_size, **shape)).to(machine.device)
+    except ValueError as error:
+        fail(str(error))
+ema = copy.deepcopy(model).eval()
+clock = Clock(model.config.vocab_size, n_embd, clock_embedding_share, machine.device)
+
+
+class Loss(nn.Module):
+    """The loss as a module. DistributedDataParallel averages the gradients of what a forward pass
+    uses, and a loss also uses the head and E outside the network's."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, y, tau, rng):
+        with machine.autocast():
+            return method_module.loss(self.net, clock, y, tau, rng)
+
+
+training_loss = Loss(torch.compile(model, dynamic=False) if compile else model)
+if machine.world > 1:
+    training_loss = DistributedDataParallel(training_loss, gradient_as_bucket_view=True)
+
+# ------------------------------------------------------------------------------ optimizer
+
+muon = [p for name, p in model.named_parameters() if optimizer == "muon" and p.ndim == 2
+        and not name.startswith(("embed", "positions", "head"))]
+rest = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
+optimizers = [torch.optim.AdamW(rest, learning_rate, (beta1, beta2), weight_decay=weight_decay,
+                                fused=machine.device.type != "mps")]
+if muon:  # steps of the size of AdamW's: one learning rate serves both
+    from lib.optim import Muon
+    muon_dtype = torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32
+    optimizers.append(Muon(muon, learning_rate, weight_decay, muon_dtype))
+
+
+def learning_rate_at(step: int) -> float:
+    """Linear warm-up, then constant, or a cosine down to min_lr at max_iters."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    if schedule == "constant":
+        return learning_rate
+    done = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+# ------------------------------------------------------------------------------ resume, save
+
+step = ckpt.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
+resumed_at = step if checkpoint else None                           # validated already
+del checkpoint                                                      # its memory
+log = ckpt.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
 
 
 def save() -> None:
-    storage.save_run(path, method, model, ema, optimizers, machine, settings, data, clock_embedding_share, step)
+    if machine.main:
+        ckpt.save_checkpoint(path, dict(
+            format="flm-1", kind=method, model_config=asdict(model.config),
+            model=model.state_dict(), ema=ema.state_dict(),
+            optimizers=[opt.state_dict() for opt in optimizers],
+            scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
+            settings=settings, step=step, train_tokens=len(data.tokens),
+            tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
 
 
-# ---------------------------------------------------------------- the loop
+@torch.no_grad()
+def validate() -> tuple[float, list[float]]:
+    """The mean loss of the moving average on held-out text, nats a token, and its mean in tenths of
+    tau. For a flow it is a cross-entropy, whose mean over the clock is no likelihood (that is
+    eval/bound.py's); for ar the negative log-likelihood, for mdlm and duo a bound on it. Every call
+    uses the same texts, times and noise."""
+    total = torch.zeros(2, 10, device=machine.device)               # losses, counts
+    tau = stratified(eval_iters * batch_size, lib.generator(seed, lib.VAL_TIMES)).float()
+    for i in range(machine.rank, eval_iters, machine.world):
+        y = machine.put(val_data.rows(i * batch_size, batch_size))  # (B, L)
+        times = machine.put(tau[i * batch_size:(i + 1) * batch_size])           # (B,)
+        rng = lib.generator(seed, lib.VAL_NOISE, i, device=machine.device)
+        with machine.autocast():
+            _, losses = method_module.loss(ema, clock, y, times, rng)
+        loss = losses.mean(1)                                       # (B,)
+        total.index_add_(1, (times * 10).long().clamp_max(9),
+                         torch.stack([loss, torch.ones_like(loss)]))
+    losses, counts = machine.total(total).cpu()
+    return (losses.sum() / counts.sum()).item(), (losses / counts).tolist()
 
-progress = training.Progress(step, max_iters, sequences * block_size)
-watch = training.LossWatch(machine, "tau")
-coming = batch(step * local_steps)
+# ------------------------------------------------------------------------------ loop
+
+if machine.main:
+    n_params = sum(p.numel() for p in model.parameters())
+    n_tokens = max_iters * sequences * block_size
+    print(f"{method}: {n_params / 1e6:.2f} M parameters, V = {model.config.vocab_size:,}, "
+          f"L = {block_size}; {machine.describe()}")
+    print(f"{max_iters:,} steps of {sequences * block_size:,} tokens = {n_tokens / 1e6:.1f} M "
+          f"tokens ({n_tokens / len(data.tokens):.1f} epochs) -> {path}", flush=True)
+progress = lib.Progress(step, max_iters, sequences * block_size)
+next_batch = batch(step * local_steps)
 while True:
-    lr = training.learning_rate_at(step, learning_rate, min_lr, schedule, warmup_iters, max_iters)
-    training.set_learning_rate(optimizers, lr)
+    lr = learning_rate_at(step)
+    for group in (group for opt in optimizers for group in opt.param_groups):
+        group["lr"] = lr
 
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
-        watch.check()
         mean, bins = validate()
-        log.write(step, val_loss=mean, val_loss_by_tau=bins)
+        ckpt.require_finite(mean, step)
+        log.write(step, val_loss=mean, val_loss_by_tau=[x if x == x else None for x in bins])
         if machine.main:
-            print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: {training.show(bins)}", flush=True)
+            print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: "
+                  + " ".join(f"{x:.2f}" for x in bins).replace("nan", "-"), flush=True)
         if step > 0:
             save()
         progress.restart(step)
@@ -183,28 +241,49 @@ while True:
 
     model.train()
     step_loss = torch.zeros((), device=machine.device)
-    # The noise factor is computed once a step. Micro-steps differentiate with respect to a leaf of its value ...
-    factor = None if baseline else noise_factor(model.embed.weight, sequences * block_size)
-    leaf = None if factor is None else factor.detach().requires_grad_()
     for i in range(local_steps):
-        first, y, times = coming
-        torch.manual_seed(common.mix(seed, common.DROPOUT, first))
-        loss, losses = loss_terms(net, leaf, y, times, first, common.NOISE)
-        coming = batch(step * local_steps + i + 1)                              # while the device is busy
-        machine.scaler.scale(loss / local_steps).backward()
+        key, y, tau = next_batch
+        rng = lib.generator(seed, lib.NOISE, *key, device=machine.device)
+        torch.manual_seed(lib.mix(seed, lib.DROPOUT, *key))
+        # Processes average their gradients once a step, during its last backward pass.
+        wait = machine.world > 1 and i < local_steps - 1
+        with training_loss.no_sync() if wait else contextlib.nullcontext():
+            loss, _ = training_loss(y, tau, rng)
+            next_batch = batch(step * local_steps + i + 1)          # while the device is busy
+            machine.scaler.scale(loss / local_steps).backward()
         step_loss += loss.detach() / local_steps
-        watch.see(step + 1, losses.mean(1), times)
-    if factor is not None:
-        factor.backward(leaf.grad)                                              # ... whose gradient goes on to E, once
-    norm = training.optimizer_step(model, optimizers, machine, grad_clip)
-    training.update_ema(ema, model, ema_decay, step)
+    for opt in optimizers:
+        machine.scaler.unscale_(opt)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    # float16 only: the scaler would step the optimizer whose own gradients are finite.
+    overflow = machine.scaler.is_enabled() and not norm.isfinite()
+    for opt in optimizers:
+        if not overflow:
+            machine.scaler.step(opt)
+        opt.zero_grad()
+    machine.scaler.update()
+    # The average forgets its start: its decay rises to ema_decay.
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
+                             1 - min(ema_decay, (1 + step) / (10 + step)))
     step += 1
 
     if step % log_interval == 0:
-        watch.check()                                                           # waits for the device
-        value = machine.total(step_loss).item() / machine.world
+        value = machine.total(step_loss).item() / machine.world     # waits for the device
+        ckpt.require_finite(value, step)
         log.write(step, loss=value, lr=lr, grad_norm=norm.item())
         if machine.main:
-            print(f"step {step}/{max_iters} | loss {value:.3f} | lr {lr:.1e} | {progress.line(step)}", flush=True)
+            print(f"step {step}/{max_iters} | loss {value:.3f} | lr {lr:.1e} | "
+                  f"{progress.line(step)}", flush=True)
 
-training.finish(progress, step, max_iters, path, save, machine)
+stopped = step < max_iters
+if stopped:
+    save()
+machine.total(torch.zeros(1))  # all wait for the file: torchrun would end them soon after the first
+if machine.main:
+    print(f"stopped at step {step}; continue with --init_from=resume" if stopped else
+          f"done: {path}", file=sys.stderr if stopped else sys.stdout)
+if machine.world > 1:
+    dist.destroy_process_group()
+if stopped:
+    sys.exit(130)

@@ -1,8 +1,9 @@
-"""The textbook way, in arrays of shape (B, L, V): the mathematics of flow.py, flowmap.py and head.py without what they save.
+"""The textbook way, in arrays of shape (B, L, V): flow.py and flowmap.py without their savings.
 
-Noise, one-hot text, their mixture, its product with the embedding, all log-probabilities and their product with the
-one-hot text are each computed as written in the paper. The losses are those of flow.py and flowmap.py for z0 = x0 E, to
-rounding. Here to be measured against (bench.py, and as train.py --method=dense), and to be read next to them.
+Noise, one-hot text, their mixture, its product with the embedding, all log-probabilities and their
+product with the one-hot text are each computed as written in the paper. The losses equal those of
+flow.py and flowmap.py for z0 = x0 E, to rounding. Read it next to them. eval/bench.py measures
+against it; train.py --method=dense trains with it.
 """
 
 from collections.abc import Callable
@@ -16,15 +17,15 @@ from flowmap import semigroup_weight
 
 
 def mixture(x0: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t = (1 - t) x0 + t x1 and the one-hot x1, (B, L, V) each, from noise x0, tokens y (B, L) and times t (B,)."""
+    """x_t = (1 - t) x0 + t x1 and the one-hot x1: (B, L, V), like x0, from y (B, L) and t (B,)."""
     x1 = F.one_hot(y, x0.size(-1)).to(x0.dtype)
     t = t.to(x0.dtype)[:, None, None]
     return (1 - t) * x0 + t * x1, x1
 
 
 def embed(x: Tensor, E: Tensor) -> Tensor:
-    """x E (B, L, d), in float32 also under autocast, as the authors do: in bfloat16 the V terms of the noise would drown
-    the one of the signal."""
+    """x E (B, L, d), in float32 even under autocast, as the authors do: in bfloat16 the V terms of
+    the noise would drown the one of the signal."""
     with torch.autocast(x.device.type, enabled=False):
         return x @ E
 
@@ -36,17 +37,18 @@ def flow_losses(model: Callable, clock: Clock, y: Tensor, tau: Tensor, x0: Tenso
     return -(x1 * log_p).sum(-1)
 
 
-def loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """With its noise drawn here: the mean, to differentiate, and each token's, (B, L)."""
-    losses = flow_losses(model, clock, y, tau, torch.randn(*y.shape, model.embed.num_embeddings, generator=random,
-                                                           device=y.device))
+def loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, rng: torch.Generator
+         ) -> tuple[Tensor, Tensor]:
+    """flow_losses with noise from rng: the mean, to differentiate, and each (B, L)."""
+    x0 = torch.randn(*y.shape, model.embed.num_embeddings, generator=rng, device=y.device)
+    losses = flow_losses(model, clock, y, tau, x0)
     return losses.mean(), losses.detach()
 
 
-def semigroup_loss(student: Callable, teacher: Callable, clock: Clock, y: Tensor, tau_s: Tensor, tau_t: Tensor,
-                   x0: Tensor, n_diagonal: int) -> Tensor:
-    """Mean loss of an FMLM by PSD, nats a token: the first n_diagonal rows learn the teacher's denoiser, the others two
-    jumps in one. y (B, L), tau_s and tau_t (B,), x0 (B, L, V)."""
+def semigroup_loss(student: Callable, teacher: Callable, clock: Clock, y: Tensor, tau_s: Tensor,
+                   tau_t: Tensor, x0: Tensor, n_diagonal: int) -> Tensor:
+    """Mean loss of an FMLM by PSD, nats a token: the first n_diagonal rows learn the teacher's
+    denoiser, the others two jumps in one. y (B, L), tau_s and tau_t (B,), x0 (B, L, V)."""
     n, E, tau_u = n_diagonal, student.embed.weight, (tau_s + tau_t) / 2
     s, u, t = (clock.t_of_tau(tau).to(x0.dtype)[:, None, None] for tau in (tau_s, tau_u, tau_t))
     x, _ = mixture(x0, y, clock.t_of_tau(tau_s))

@@ -1,17 +1,18 @@
-"""Ablation: a flow without a clock. Time is drawn evenly in t itself, the network is told t and the sampler steps evenly
-in t, although with many tokens nothing can be decoded for most of the way. All else is flow.py."""
+"""Ablation: a flow without a clock. Training draws t itself uniformly, the network is told t, and
+the sampler steps evenly in t, although with many tokens nothing can be decoded for most of it."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flow import Clock, flow_loss, latent_noise, noise_factor
-from model import FlowTransformer
+import flow
 
 
 class NoClock:
-    """What flow.Clock offers, with tau = t."""
+    """The part of flow.Clock that losses and samplers use, with tau = t."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: flow.Clock):
         self.t = clock.t
 
     def tau_of_t(self, t: Tensor) -> Tensor:
@@ -20,13 +21,7 @@ class NoClock:
     t_of_tau = tau_of_t
 
 
-def noise(E: Tensor, y: Tensor, random: torch.Generator) -> Tensor:
-    """z0 (B, L, d) for tokens y (B, L), from one generator."""
-    def normal(n):
-        return torch.randn(*y.shape, n, generator=random, device=y.device)
-    return latent_noise(E, noise_factor(E, y.numel()), normal)
-
-
-def loss(model: FlowTransformer, clock: Clock, y: Tensor, tau: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of the denoiser at t = tau (B,), nats a token: the mean, to differentiate, and each (B, L)."""
-    return flow_loss(model, NoClock(clock), y, tau, noise(model.embed.weight, y, random))
+def loss(model: Callable, clock: flow.Clock, y: Tensor, tau: Tensor, rng: torch.Generator
+         ) -> tuple[Tensor, Tensor]:
+    """flow.loss at t = tau (B,)."""
+    return flow.loss(model, NoClock(clock), y, tau, rng)

@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 distill.py config/distill_owt.py
 
-128 sequences = 8 processes x 16 sequences x 1 micro-step. Student and teacher weigh 4 GB with optimizer and average;
-the student's activations about 9 GB for 16 x 1,024 tokens, the targets are computed without keeping any. On an H100
-nvidia-smi showed 15.3 GiB.
+128 sequences = 8 processes x 16 sequences x 1 micro-step. Student and teacher take 4 GB with
+optimizer and average, the student's activations about 9 GB for 16 x 1,024 tokens; targets keep
+none. On an H100 nvidia-smi showed 15.3 GiB.
 """
 
 out_dir = "out/owt"

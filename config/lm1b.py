@@ -1,11 +1,11 @@
-"""One Billion Words, the published recipe (but with GPT-2's vocabulary): the small network on 8 GPUs.
+"""One Billion Words, the published recipe with GPT-2's vocabulary: the small network on 8 GPUs.
 
     python data/lm1b/prepare.py
     torchrun --nproc_per_node=8 train.py config/lm1b.py
 
-512 sequences of 128 tokens a step = 8 processes x 64 sequences x 1 micro-step, 65,536 tokens: an eighth of a step on
-OpenWebText, 3.4 GB for weights and optimizer and 5.4 GB for activations (the arithmetic is in config/owt.py, with 72 d
-bytes for 58 d: so short, attention keeps its L x L matrices).
+512 sequences of 128 tokens a step = 8 processes x 64 sequences x 1 micro-step, 65,536 tokens: an
+eighth of a step on OpenWebText. 3.4 GB for weights and optimizer, 5.4 GB for activations, by the
+arithmetic of config/owt.py with 72 d bytes for 58 d: so short, attention keeps its (L, L) matrices.
 """
 
 out_dir = "out/lm1b"
@@ -20,7 +20,7 @@ n_embd = 768
 n_time = 128
 dropout = 0.1
 block_size = 128
-learned_positions = False        # as published; see the comment in train.py before you copy it
+learned_positions = False        # as published; see train.py before you copy it
 time_scale = 1.0
 attention_softcap = 50.0
 logit_softcap = 30.0

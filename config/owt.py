@@ -3,11 +3,12 @@
     python data/owt/prepare.py
     torchrun --nproc_per_node=8 train.py config/owt.py
 
-512 sequences a step = 8 processes x 64 sequences x 1 micro-step, 524,288 tokens. One such process ran on an H100 of 80 GB,
-compiled, at 145,000 tokens/s (README, Speed). Its memory by arithmetic, not measured: weights, gradients, AdamW's two
-moments and the moving average take 170 M x 4 bytes x 5 = 3.4 GB; activations 58 d bytes a token and layer (what autograd
-saves in bfloat16 with dropout, without torch.compile, counted on a CPU), 58 x 768 x 12 x 65,536 tokens = 35 GB; a slice of
-logits, its copy in bfloat16 and its log-softmax 1.3 GB. On fewer or smaller GPUs lower batch_size and raise
+512 sequences a step = 8 processes x 64 sequences x 1 micro-step, 524,288 tokens. One such process
+does 145,000 tokens/s on an H100, compiled (docs/speed.md). Its memory by arithmetic, not measured:
+weights, gradients, AdamW's two moments and the moving average take 170 M x 4 bytes x 5 = 3.4 GB.
+Activations take 58 d bytes a token and layer (what autograd saves in bfloat16 with dropout, without
+torch.compile, counted on a CPU): 58 x 768 x 12 x 65,536 tokens = 35 GB. A slice of logits, its
+bfloat16 copy and its log-softmax take 1.3 GB. On fewer or smaller GPUs lower batch_size and raise
 gradient_accumulation_steps: their product, 512, is what the recipe fixes.
 """
 
@@ -23,7 +24,7 @@ n_embd = 768
 n_time = 128
 dropout = 0.1
 block_size = 1024
-learned_positions = False        # as published; see the comment in train.py before you copy it
+learned_positions = False        # as published; see train.py before you copy it
 time_scale = 1.0
 attention_softcap = 50.0
 logit_softcap = 30.0

@@ -11,7 +11,7 @@ train.py's own defaults are made for this set; what is here is what the set asks
 out_dir = "out/pydocs"
 dataset = "pydocs"
 max_iters = 1500                 # 20 epochs of 0.3 M tokens
-dropout = 0.0                    # a run this short does not overfit, and dropout costs a fifth of the time
+dropout = 0.0                    # a short run does not overfit; dropout costs a fifth of the time
 eval_iters = 4
-clock_embedding_share = 0.5      # V = 1,024 tokens in d = 256 dimensions: the published clock ends before rare tokens
-                                 # can be told apart, and then they are hardly ever written
+clock_embedding_share = 0.5      # V = 1,024 tokens in d = 256 dimensions: the published clock ends
+                                 # before rare tokens can be told apart; it hardly ever writes them

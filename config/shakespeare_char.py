@@ -1,8 +1,9 @@
-"""Tiny Shakespeare by characters: one GPU, some minutes. A laptop wants the smaller settings at the end.
+"""Tiny Shakespeare by characters: one GPU, some minutes. On a laptop add the last line's settings.
 
     python data/shakespeare_char/prepare.py
     python train.py config/shakespeare_char.py
-    python train.py config/shakespeare_char.py --n_layer=4 --n_embd=128 --n_head=4 --block_size=64 --max_iters=2000
+    python train.py config/shakespeare_char.py --n_layer=4 --n_embd=128 --n_head=4 \\
+        --block_size=64 --max_iters=2000
 """
 
 out_dir = "out/shakespeare_char"

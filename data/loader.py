@@ -1,64 +1,69 @@
-"""The reader of prepared sets: rows of tokens in an order that is a function of the seed, for train.py and distill.py."""
+"""Reads prepared sets and their tokenizers. Writes nothing; corpus.py describes the files."""
 
+import base64
+import binascii
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 
-from common import fail
-from data import tokenizer
-
+from lib.settings import fail
 
 HERE = Path(__file__).parent
 
 
 def folder_of(dataset: str) -> Path:
-    """data/<dataset>; or else a folder, where one is named: a path, or a name that is not prepared in data/."""
+    """data/<dataset>; or a folder elsewhere: a path, or a name that is not prepared in data/."""
     here = HERE / dataset
-    elsewhere = os.path.isdir(dataset) and (os.sep in dataset or not os.path.isfile(here / "meta.json"))
+    prepared = os.path.isfile(here / "meta.json")  # Path.is_file raises on too long a name
+    elsewhere = os.path.isdir(dataset) and (os.sep in dataset or not prepared)
     return Path(dataset) if elsewhere else here
 
 
 class Data:
     """data/<dataset>/<split>.bin as rows of L tokens, in an order that is a function of the seed.
 
-    Sample number n of a run is row n mod N of epoch n // N. Each epoch shuffles the rows, and, where the file is one
-    continuous stream, also moves the cuts between them; a packed file (meta.json has its row_length) keeps its rows.
-    Exits with one line when the folder or a file is missing, not what prepare.py wrote, or does not fit L.
+    Sample n of a run is row n mod N of epoch n // N. Each epoch shuffles the rows. In a continuous
+    stream it also moves the cuts between them; a packed file (row_length in meta.json) keeps its
+    rows. Exits when the set is missing or damaged, or does not fit L.
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, seed: int):
         folder = folder_of(dataset)
         path = folder / f"{split}.bin"
-        if not os.path.isfile(folder / "meta.json") or not os.path.isfile(path):  # Path's raise on too long a name
+        if not os.path.isfile(folder / "meta.json") or not os.path.isfile(path):
             sets = sorted(script.parent.name for script in HERE.glob("*/prepare.py"))
-            fail(f"no data in {folder}; " + (f"run: python data/{dataset}/prepare.py" if dataset in sets else
-                                             f"the sets that can be prepared are {', '.join(sets)}"))
+            fail(f"no data in {folder}; " + (
+                f"run: python data/{dataset}/prepare.py" if dataset in sets
+                else f"the sets that can be prepared are {', '.join(sets)}"))
         self.path, self.L, self.seed, self.epoch = path, block_size, seed, -1
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
             self.tokenizer = json.loads((folder / "tokenizer.json").read_text())
-            size, packed = np.dtype(self.meta["dtype"]).itemsize, self.meta["row_length"]
+            dtype, packed = np.dtype(self.meta["dtype"]), self.meta["row_length"]
             n_tokens = self.meta[f"{split}_tokens"]
             if not all(type(n) is int for n in (n_tokens, packed or 0, self.meta["vocab_size"])):
                 raise TypeError("meta.json has something else for a number")
-            if tokenizer.identity(self.tokenizer) != self.meta["tokenizer"]:
+            if identity(self.tokenizer) != self.meta["tokenizer"]:
                 raise ValueError("tokenizer.json is not the one of meta.json")
         except (KeyError, OSError, TypeError, ValueError) as error:
-            fail(f"{folder} is damaged ({type(error).__name__}: {error}); run its prepare.py with --force")
+            fail(f"{folder} is damaged ({type(error).__name__}: {error}); "
+                 f"run its prepare.py with --force")
         found = path.stat().st_size
-        if found == 0 or found % size or found != n_tokens * size or packed and n_tokens % packed:
-            fail(f"{path} has {found:,} bytes where {n_tokens:,} tokens of {size} bytes were written; run its prepare.py "
-                 f"with --force")
+        if found == 0 or found != n_tokens * dtype.itemsize or packed and n_tokens % packed:
+            fail(f"{path} has {found:,} bytes where {n_tokens:,} tokens of {dtype.itemsize} bytes "
+                 f"were written; run its prepare.py with --force")
         if packed and packed != block_size:
             fail(f"{path} holds rows of {packed} tokens; set --block_size={packed}")
         if n_tokens < block_size:
             fail(f"{path} has {n_tokens:,} tokens, fewer than block_size={block_size}")
-        self.tokens = np.memmap(path, np.dtype(self.meta["dtype"]), mode="r")
-        self.n_rows = len(self.tokens) // block_size if packed else max(1, len(self.tokens) // block_size - 1)
-        spare = len(self.tokens) - self.n_rows * block_size
-        self.shifts = 1 if packed else min(block_size, spare + 1)  # how many places the first cut can be at
+        self.tokens = np.memmap(path, dtype, mode="r")
+        self.n_rows = n_tokens // block_size if packed else max(1, n_tokens // block_size - 1)
+        spare = n_tokens - self.n_rows * block_size
+        self.shifts = 1 if packed else min(block_size, spare + 1)  # places of the first cut
 
     @staticmethod
     def row_length(dataset: str) -> int:
@@ -75,10 +80,41 @@ class Data:
     def row(self, n: int) -> np.ndarray:
         epoch, n = divmod(n, self.n_rows)
         if epoch != self.epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.shift, self.order = epoch, random.integers(self.shifts), random.permutation(self.n_rows)
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.shift = epoch, rng.integers(self.shifts)
+            self.order = rng.permutation(self.n_rows)
         start = self.shift + self.order[n] * self.L
         row = self.tokens[start:start + self.L].astype(np.int64)
         if row.max() >= self.meta["vocab_size"]:
-            fail(f"{self.path} holds token {row.max()}, past its vocabulary of {self.meta['vocab_size']}")
+            fail(f"{self.path} holds token {row.max()}, past its vocabulary of "
+                 f"{self.meta['vocab_size']}")
         return row
+
+
+def tokenizer_from_dict(d: dict) -> tiktoken.Encoding:
+    """The encoding that tokenizer.to_dict described. Raises ValueError, in one line, otherwise."""
+    try:
+        name, pattern, special = d["name"], d["pat_str"], dict(d["special_tokens"])
+        tokens = [base64.b64decode(token, validate=True) for token in d["tokens"]]
+    except KeyError as error:
+        raise ValueError(f"tokenizer: no entry {error}") from None
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise ValueError(f"tokenizer: malformed ({error})") from None
+    if not (isinstance(name, str) and isinstance(pattern, str)):
+        raise ValueError("tokenizer: 'name' and 'pat_str' must be strings")
+    # tiktoken would panic at a repeated or an empty token, past any `except Exception`.
+    if not tokens or len(set(tokens)) != len(tokens) or b"" in tokens:
+        raise ValueError("tokenizer: 'tokens' must be distinct and not empty")
+    n, ids = len(tokens), list(special.values())
+    if any(type(i) is not int for i in ids) or sorted(ids) != list(range(n, n + len(ids))):
+        raise ValueError(f"tokenizer: special tokens must have the ids from {n} on, without a gap")
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def identity(d: dict) -> str:
+    """12 hex digits of all that decides the map from ids to text in `d`, as tokenizer.to_dict gives
+    it; the name does not count. Runs compare it, since a model trains without complaint on the ids
+    of another vocabulary."""
+    decisive = [d["tokens"], sorted(d["special_tokens"].items()), d["pat_str"]]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]

@@ -1,9 +1,8 @@
 """python -m pytest tests/test_baselines.py
 
-baselines/mdlm.py and duo.py against independent computations: bounds against the likelihood of a known language and
-against discrete time, noise against Gaussians, steps against Bayes' rule, samplers against the language, distillation
-against what it says written out.
-"""
+baselines/ against independent computations: bounds against the likelihood of a known language and
+discrete time, noise against Gaussians, steps against Bayes' rule, samplers against the language,
+distillation against its definition."""
 
 import itertools
 import math
@@ -14,14 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from baselines import ar, duo, mdlm, mse, noclock
-from flow import Clock, drawn
-from head import draw
+from flow import Clock, draw_tokens, drawn, latent_noise
 from model import FlowTransformer, ModelConfig
 
 V, L = 3, 2
 JOINT = torch.tensor([[.38, .02, .05], [.01, .27, .02], [.05, .05, .15]], dtype=torch.float64)
 INDEPENDENT = JOINT.sum(1)[:, None] * JOINT.sum(0)
-TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))              # (9, L), in the order of JOINT.flatten()
+TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))   # (9, L), as JOINT.flatten()
 ENTROPY = -(JOINT * JOINT.log()).sum().item()
 
 
@@ -40,7 +38,7 @@ def distance(tokens, p):
 
 
 def kernel(tau, n=V):
-    """q(v | y), (n, n), rows y: Duo's noise from the text to tau; or between two times, with tau the share kept."""
+    """Duo's q(v | y), (n, n), rows y, at tau; or between two times, with tau the share kept."""
     return tau * torch.eye(n, dtype=torch.float64) + (1 - tau) / n
 
 
@@ -51,9 +49,9 @@ def nodes(n):
 
 
 class Exact:
-    """The exact denoiser of JOINT, by Bayes over all texts: of the hidden tokens for MDLM, which has a mask; for Duo of
-    each token given the others, or with `own` given all. Hidden states are logits, times `sure`. The mask is given a
-    large one, which must not matter."""
+    """The exact denoiser of JOINT, by Bayes over all texts: for MDLM, which has a mask, of hidden
+    tokens; for Duo of each token given the others, or with `own` given all. Hidden states are
+    logits, times `sure`. The mask's is large, which must not matter."""
 
     def __init__(self, mask=False, own=False, sure=1.0):
         self.mask, self.own, self.sure = mask, own, sure
@@ -68,7 +66,8 @@ class Exact:
         self.times.append(tau)
         z = state.argmax(-1)                                                    # (B, L)
         same, share = (z[:, None] == TEXTS).double(), tau.double()[:, None, None]
-        seen = torch.where(z[:, None] == V, 1.0, same) if self.mask else share * same + (1 - share) / V  # (B, 9, L)
+        noisy = share * same + (1 - share) / V
+        seen = torch.where(z[:, None] == V, 1.0, same) if self.mask else noisy  # (B, 9, L)
         columns = []
         for l in range(L):
             counted = [i for i in range(L) if self.own or self.mask or i != l]
@@ -95,7 +94,8 @@ class Watched:
         self.asked, self.graded = [], []
 
     def __call__(self, state, tau):
-        self.asked.append((torch.cdist(state.detach(), self.embed.weight.detach()).argmin(-1), tau))  # tokens (B, L)
+        tokens = torch.cdist(state.detach(), self.embed.weight.detach()).argmin(-1)     # (B, L)
+        self.asked.append((tokens, tau))
         self.graded.append(torch.is_grad_enabled())
         return self.net(state, tau)
 
@@ -106,18 +106,16 @@ def kl(q, p):
 
 def same_gradients(ours, plain, parameters):
     """Of two losses, for all parameters that either depends on."""
-    pairs = list(zip(*(torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (ours, plain))))
-    assert any(a is not None for a, _ in pairs)
-    zero = torch.zeros(())
-    return all(torch.allclose(zero if a is None else a, zero if b is None else b, atol=1e-12) for a, b in pairs)
+    of_ours, of_plain = (torch.autograd.grad(loss, parameters, materialize_grads=True)
+                         for loss in (ours, plain))
+    assert any(gradient.any() for gradient in of_ours)
+    return all(torch.allclose(a, b, atol=1e-12) for a, b in zip(of_ours, of_plain))
 
 
 def spread(values):
     """The standard error of a mean over values (n, L) whose rows are independent."""
     return values.sum(1).std().item() / len(values) ** 0.5
 
-
-# ---------------------------------------------------------------- MDLM
 
 def test_hidden_share_is_one_minus_tau():
     tau = torch.tensor([0.0, 0.3, 1.0])
@@ -127,12 +125,12 @@ def test_hidden_share_is_one_minus_tau():
 
 
 def test_mdlm_bound_of_the_exact_denoiser_is_the_likelihood(monkeypatch):
-    """For every text: a sum over all ways to hide and an integral over time, exact for a polynomial, which it is."""
+    """For every text: a sum over all ways to hide and a quadrature in time, exact here."""
     model, times = Exact(mask=True), list(zip(*nodes(3)))
     for y, p in zip(TEXTS, JOINT.flatten()):
         total = 0
         for hidden in itertools.product([False, True], repeat=L):
-            monkeypatch.setattr(mdlm, "hide", lambda y, *_: torch.where(torch.tensor([hidden]), V, y))
+            monkeypatch.setattr(mdlm, "hide", lambda y, *_: y.where(~torch.tensor([hidden]), V))
             for tau, weight in times:
                 probability = (1 - tau) ** sum(hidden) * tau ** (L - sum(hidden))
                 _, losses = mdlm.loss(model, None, y[None], tau[None], None)
@@ -159,7 +157,8 @@ def test_mdlm_loss_and_gradients_are_the_textbooks():
     logits = net.head(net(net.embed(z), torch.ones(64)))
     logits = torch.where(torch.arange(V + 1) == V, -torch.inf, logits)
     plain = (z == V) / (1 - tau) * F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
-    assert torch.allclose(losses, plain) and torch.allclose(mean, plain.mean()) and losses.isfinite().all()
+    assert torch.allclose(losses, plain) and torch.allclose(mean, plain.mean())
+    assert losses.isfinite().all()
     assert same_gradients(mean, plain.mean(), list(net.parameters()))
 
 
@@ -170,41 +169,36 @@ def test_mdlm_samples_the_language_in_many_steps_and_independent_tokens_in_one(s
     assert tokens.max() < V and len(model.times) <= steps
     evaluations = sum(map(len, model.times)) / 20_000       # a text
     assert evaluations == pytest.approx(steps * (1 - (1 - 1 / steps) ** L), abs=0.02)
-    at_once = 1 / steps                                     # the chance that both tokens are uncovered in the same step
+    at_once = 1 / steps                                 # the chance that one step uncovers both
     assert distance(tokens, at_once * INDEPENDENT + (1 - at_once) * JOINT) < 0.015
     assert distance(tokens, JOINT) < 0.02 or steps < 50
 
 
-def test_mdlm_asks_only_when_something_is_uncovered():
-    model = Exact(mask=True)
-    tokens = mdlm.sample(model, None, 1, L, 1000, generator())
-    assert tokens.max() < V and len(model.times) == L
-
-
 def test_draws_have_their_probabilities_and_never_what_has_none():
     p = torch.tensor([0, 0.5, 0, 0.3, 0.2, 0])
-    tokens = draw(p.expand(100_000, 6), generator())
+    tokens = draw_tokens(p.expand(100_000, 6), generator())
     assert torch.allclose(torch.bincount(tokens[:, 0], minlength=6) / 100_000, p, atol=0.008)
     assert set(tokens[:, 0].tolist()) == {1, 3, 4}
 
 
-@pytest.mark.parametrize("u, token", [(0, 1), (2.0 ** -53, 1), (2.0 ** -50, 2), (0.5, 2), (1 - 2.0 ** -50, 2),
-                                      (1 - 2.0 ** -53, 3)])
+@pytest.mark.parametrize("u, token", [(0, 1), (2.0 ** -53, 1), (2.0 ** -50, 2), (0.5, 2),
+                                      (1 - 2.0 ** -50, 2), (1 - 2.0 ** -53, 3)])
 def test_draws_tell_probabilities_of_float64_apart(u, token, monkeypatch):
-    """Two tokens of 2^-52 at the ends, which float32 would never draw; u = 0 and the largest u take no token without any."""
+    """Two tokens of 2^-52, which float32 would never draw, between two of 0, never drawn."""
     p = torch.tensor([[0, 2.0 ** -52, 1 - 2.0 ** -51, 2.0 ** -52, 0]], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, u, dtype=dtype))
-    assert draw(p, None).tolist() == [[token]]
+    assert draw_tokens(p, None).tolist() == [[token]]
 
 
 def test_draws_from_what_is_not_finite_are_no_token():
-    assert draw(torch.tensor([[0.5, math.nan, 0.5]]), generator()).tolist() == [[3]]
+    assert draw_tokens(torch.tensor([[0.5, math.nan, 0.5]]), generator()).tolist() == [[3]]
 
 
 def test_samplers_draw_in_float64(monkeypatch):
     """From networks in float32, too."""
     asked, search = [], torch.searchsorted
-    monkeypatch.setattr(torch, "searchsorted", lambda sums, *a, **k: asked.append(sums.dtype) or search(sums, *a, **k))
+    monkeypatch.setattr(torch, "searchsorted", lambda sums, *rest, **options: (
+        asked.append(sums.dtype) or search(sums, *rest, **options)))
     for module, rows in ((ar, V), (mdlm, V + 1), (duo, V)):
         module.sample(network(rows=rows).float(), None, 2, L, 3, generator())
     drawn(network().float().head, torch.randn(2, L, 16), generator())
@@ -213,34 +207,34 @@ def test_samplers_draw_in_float64(monkeypatch):
 
 @pytest.mark.parametrize("module", [mdlm, duo])
 def test_temperature_sharpens_every_guess(module):
-    tokens = module.sample(Exact(mask=module is mdlm), None, 20_000, L, 1, generator(), temperature=0.5)
+    model = Exact(mask=module is mdlm)
+    tokens = module.sample(model, None, 20_000, L, 1, generator(), temperature=0.5)
     sharp = [p ** 2 / (p ** 2).sum() for p in (JOINT.sum(1), JOINT.sum(0))]
     assert distance(tokens, sharp[0][:, None] * sharp[1]) < 0.015
 
 
-# ---------------------------------------------------------------- SDTT
-
 def test_sdtt_is_the_divergence_from_the_teachers_guesses_on_its_way(monkeypatch):
-    """Token by token, with a script for what is hidden, uncovered and drawn: of the first text all is hidden and then
-    the first token uncovered; of the second one token is seen from the start, of the third both."""
+    """With a script for what is hidden, uncovered and drawn: of the first text all is hidden and
+    the first token then uncovered; of the second one token is seen, of the third both."""
     student, teacher = Watched(network(1, V + 1)), Watched(network(2, V + 1))
     y = torch.tensor([[0, 2], [1, 2], [0, 1]])
     start = torch.tensor([[V, V], [V, 2], [0, 1]])
     between = torch.tensor([[1, V], [V, 2], [0, 1]])
     shares = []
     monkeypatch.setattr(mdlm, "hide", lambda *_: start)
-    monkeypatch.setattr(mdlm, "choose", lambda z, mask, share, random: shares.append(share) or start != between)
-    monkeypatch.setattr(mdlm, "draw", lambda p, random: torch.tensor([[1]]).expand(len(p), 1))
+    monkeypatch.setattr(mdlm, "choose", lambda z, mask, share, rng: (
+        shares.append(share) or start != between))
+    monkeypatch.setattr(mdlm, "draw_tokens", lambda p, rng: torch.tensor([[1]]).expand(len(p), 1))
     tau = torch.tensor([0.1, 0.5, 0.9])
     mean, losses = mdlm.distillation_loss(student, teacher, None, y, tau, 0.2, None)
 
     def guess(net, z, row, column):
         logits = net.net.head(net.net(net.embed(z[row:row + 1]), torch.ones(1)))
         return logits[0, column, :V].softmax(-1)
-    target = {(0, 0): start, (0, 1): between, (1, 0): between}                  # what the teacher last sees of each
+    target = {(0, 0): start, (0, 1): between, (1, 0): between}      # what the teacher last sees
     plain = {at: kl(guess(student, start, *at), guess(teacher, z, *at)) for at, z in target.items()}
-    for row, column in itertools.product(range(3), range(2)):
-        assert losses[row, column].item() == pytest.approx(plain.get((row, column), torch.zeros(())).item(), abs=1e-12)
+    expected = [[plain[i, j].item() if (i, j) in plain else 0 for j in range(L)] for i in range(3)]
+    assert torch.allclose(losses, losses.new_tensor(expected), atol=1e-12)
     assert mean.item() == pytest.approx(sum(plain.values()).item() / 3)
     assert [z.tolist() for z, _ in teacher.asked] == [start.tolist(), between.tolist()]
     assert shares[0][:, 0].tolist() == pytest.approx([0.2 / 0.9, 0.2 / 0.5, 1.0])
@@ -256,10 +250,11 @@ def test_reverse_kl():
 
 
 def test_sdtt_of_the_exact_denoiser_with_short_steps_is_nothing_to_learn():
-    """The teacher's second guess is the first but where the other token was uncovered between them: rarely."""
+    """The teacher's guesses differ where the other token is uncovered between them: rarely."""
     y, tau = language(4000), torch.rand(4000, generator=generator(1))
     exact = Exact(mask=True)
-    short, long = (mdlm.distillation_loss(exact, exact, None, y, tau, step, generator(2))[0] for step in (1e-4, 0.4))
+    short, long = (mdlm.distillation_loss(exact, exact, None, y, tau, step, generator(2))[0]
+                   for step in (1e-4, 0.4))
     assert 0 <= short < 0.01 and long > 0.05
 
 
@@ -267,43 +262,47 @@ def test_uncovered_share_of_a_step():
     z = torch.full((2, 100_000), V)
     z[0, 0] = 1
     chosen = mdlm.choose(z, V, torch.tensor([[0.25], [1.0]]), generator())
-    assert chosen.double().mean(1).tolist() == pytest.approx([0.25, 1], abs=0.005) and not chosen[0, 0]
+    assert chosen.double().mean(1).tolist() == pytest.approx([0.25, 1], abs=0.005)
+    assert not chosen[0, 0]
 
-
-# ---------------------------------------------------------------- Duo: noise
 
 @pytest.mark.parametrize("n", [2, 26, 50257])
 def test_clock_is_the_diffusion_transformation_operator(n):
-    """T(alpha~) = K / (K - 1) [integral of N(w; alpha~, sigma~^2) Phi(w / sigma~)^(K - 1) dw - 1 / K]."""
+    """T(alpha~) = K / (K - 1) [integral of N(w; alpha~, sigma~^2) Phi(w / sigma~)^(K-1) - 1/K]."""
     for alpha in (0.1, 0.5, 0.9, 0.98):
         sigma = math.sqrt(1 - alpha ** 2)
         w = torch.linspace(alpha - 9 * sigma, alpha + 9 * sigma, 20_001, dtype=torch.float64)
         density = torch.exp(-((w - alpha) / sigma) ** 2 / 2) / (sigma * math.sqrt(2 * math.pi))
-        integral = torch.trapezoid(density * torch.exp((n - 1) * torch.special.log_ndtr(w / sigma)), w).item()
+        chance = torch.exp((n - 1) * torch.special.log_ndtr(w / sigma))
+        integral = torch.trapezoid(density * chance, w).item()
         t = torch.tensor(alpha / (alpha + sigma), dtype=torch.float64)
-        assert Clock(n).tau_of_t(t).item() == pytest.approx(n / (n - 1) * (integral - 1 / n), abs=1e-6)
+        expected = n / (n - 1) * (integral - 1 / n)
+        assert Clock(n).tau_of_t(t).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_paths_are_those_of_the_argmax_of_gaussians():
-    """The joint law of tokens at three times, against argmax x_t at those times with the same x0."""
+    """The joint law of tokens at three times, against argmax x_t with the same x0."""
     n, V, y = 400_000, 4, 2
     tau = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
     tokens = torch.full((n, 1), y)
     noise = duo.path(tokens, V, generator())
     ours = [duo.at(time.expand(n), tokens, V, *noise)[:, 0] for time in tau]
     x0 = torch.randn(n, V, generator=generator(1), dtype=torch.float64)
-    gaussian = [((1 - t) * x0 + t * F.one_hot(torch.tensor(y), V)).argmax(-1) for t in Clock(V).t_of_tau(tau)]
-    found = [torch.bincount(a * V * V + b * V + c, minlength=V ** 3) / n for a, b, c in (ours, gaussian)]
+    gaussian = [((1 - t) * x0 + t * F.one_hot(torch.tensor(y), V)).argmax(-1)
+                for t in Clock(V).t_of_tau(tau)]
+    found = [torch.bincount(a * V * V + b * V + c, minlength=V ** 3) / n
+             for a, b, c in (ours, gaussian)]
     assert (found[0] - found[1]).abs().max() < 0.003
     for time, z in zip(tau, ours):
-        assert torch.allclose(torch.bincount(z, minlength=V) / n, kernel(time, V)[y].float(), atol=0.003)
+        share = torch.bincount(z, minlength=V) / n
+        assert torch.allclose(share, kernel(time, V)[y].float(), atol=0.003)
 
 
 @pytest.mark.parametrize("s, t", [(0.0, 0.4), (0.3, 0.4), (0.3, 0.9), (0.6, 1.0)])
 def test_posterior_is_bayes_rule(s, t):
-    """For clean D: q(z_t | z_s, y) from forward kernels, in which z_s is z_t kept with probability s / t. For a mixture
-    of them: the mixture with weights P(y) q(z_s | y)."""
-    assert torch.allclose(kernel(t) @ kernel(s / t), kernel(s))                 # noise on noise is noise
+    """For clean D: q(z_t | z_s, y) from forward kernels, in which z_s is z_t kept with probability
+    s / t. For a mixture of them: the mixture with weights P(y) q(z_s | y)."""
+    assert torch.allclose(kernel(t) @ kernel(s / t), kernel(s))     # noise on noise is noise
     bayes = kernel(t)[:, None, :] * kernel(s / t).T[None]                       # y, z_s, z_t
     bayes = bayes / bayes.sum(-1, keepdim=True)
     z = torch.arange(V)[:, None]
@@ -316,42 +315,43 @@ def test_posterior_is_bayes_rule(s, t):
     assert torch.allclose(duo.posterior(prior.expand(V, V), z, s, t), mixed)
 
 
-# ---------------------------------------------------------------- Duo: the bound
-
 def random_cases(n, K, seed=0):
     """logits (n, K), y and z (n, 1), tau (n, 1): z is right in a third of the cases."""
-    random = generator(seed)
-    logits = 2 * torch.randn(n, K, generator=random, dtype=torch.float64)
-    y, z = torch.randint(K, (2, n, 1), generator=random)
+    rng = generator(seed)
+    logits = 2 * torch.randn(n, K, generator=rng, dtype=torch.float64)
+    y, z = torch.randint(K, (2, n, 1), generator=rng)
     z = torch.where(torch.arange(n)[:, None] % 3 == 0, y, z)
-    return logits, y, z, torch.rand(n, 1, generator=random, dtype=torch.float64) * 0.98 + 0.01
+    return logits, y, z, torch.rand(n, 1, generator=rng, dtype=torch.float64) * 0.98 + 0.01
 
 
 def test_bound_is_the_divergence_of_one_short_step():
     """KL(q(z_t | z_s, y) || q(z_t | z_s, D)) / (t - s), t - s -> 0: the discrete-time bound."""
     for logits, y, z, tau in zip(*random_cases(60, 5)):
         s, t = tau.item() - 5e-6, tau.item() + 5e-6
-        clean, ours = (duo.posterior(D[None], z[None], s, t) for D in (F.one_hot(y[0], 5).double(), logits.softmax(-1)))
+        clean, ours = (duo.posterior(D[None], z[None], s, t)
+                       for D in (F.one_hot(y[0], 5).double(), logits.softmax(-1)))
         loss = duo.bound(logits[None], y[None], z[None], tau[None]).item()
         assert loss == pytest.approx(kl(clean, ours).item() / 1e-5, rel=2e-3, abs=1e-4)
 
 
 def test_bound_is_the_published_one():
-    """The bracket of equation 17 times alpha' / (K alpha), as in the authors' program; alpha' = -1, alpha = 1 - t."""
+    """The bracket of equation 17 times alpha' / (K alpha), with alpha' = -1, alpha = 1 - t."""
     K, (logits, y, z, a) = 5, random_cases(200, 5)
     xbar = K * a * logits.softmax(-1) + 1 - a
     i, m, hit = xbar.gather(-1, z), xbar.gather(-1, y), (z == y).double()
     zeta = (1 - a) / (K * a + 1 - a)
-    bracket = (K / (K * a * hit + 1 - a) - K / i - (zeta * hit + 1 - hit) * (i / xbar).log().sum(-1, keepdim=True)
-               - K * a / (1 - a) * (i / m).log() * (1 - hit) - ((K - 1) * zeta * hit - (1 - hit) / zeta) * zeta.log())
+    log_i, log_zeta = (i / xbar).log().sum(-1, keepdim=True), zeta.log()
+    bracket = (K / (K * a * hit + 1 - a) - K / i - (zeta * hit + 1 - hit) * log_i
+               - K * a / (1 - a) * (i / m).log() * (1 - hit)
+               - ((K - 1) * zeta * hit - (1 - hit) / zeta) * log_zeta)
     assert torch.allclose(duo.bound(logits, y, z, a), -bracket / (K * a))
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_duo_bound_is_the_likelihood_when_each_token_is_guessed_from_the_others(own, monkeypatch):
-    """For every text: a sum over all z and an integral over 60 times, tau = 3u^2 - 2u^3, which takes the logarithms at
-    the ends. Guessed from all of z, a token's own evidence counts twice, and the bound is looser."""
-    y, z = TEXTS.repeat_interleave(9, 0), TEXTS.repeat(9, 1)                    # (81, L): every pair
+    """For every text: a sum over all z and an integral over 60 times, tau = 3u^2 - 2u^3 for the
+    logarithms at the ends. With D from all of z, own evidence counts twice: a looser bound."""
+    y, z = TEXTS.repeat_interleave(9, 0), TEXTS.repeat(9, 1)        # (81, L): every pair
     monkeypatch.setattr(duo, "at", lambda *_: z)
     monkeypatch.setattr(duo, "EDGE", 0.0)
     model, total, (u, weights) = Exact(own=own), 0, nodes(60)
@@ -368,7 +368,8 @@ def test_duo_loss_is_differentiable_and_finite_to_the_ends_of_time_in_float32():
     logits, y, z, _ = random_cases(200, 5)
     for tau in (1e-3, 0.01, 0.5, 1 - 1e-3):
         times = torch.full((200, 1), tau, dtype=torch.float64)
-        exact, ours = (duo.bound(logits.to(d), y, z, times.to(d)) for d in (torch.float64, torch.float32))
+        exact, ours = (duo.bound(logits.to(dtype), y, z, times.to(dtype))
+                       for dtype in (torch.float64, torch.float32))
         assert torch.allclose(ours.double(), exact, rtol=1e-4, atol=1e-6)
     net = network().float()
     y, tau = language(64), torch.tensor([0.0, 1.0]).repeat(32)
@@ -376,22 +377,21 @@ def test_duo_loss_is_differentiable_and_finite_to_the_ends_of_time_in_float32():
     noise = duo.path(y, V, generator(3))
     tau = tau.clamp(1e-3, 1 - 1e-3)
     z = duo.at(tau, y, V, *noise)
-    logits = net.head(net(net.embed(z), tau))                                   # the same, with all logits at once
-    plain = duo.bound(logits.flatten(0, 1), y.view(-1, 1), z.view(-1, 1), tau.repeat_interleave(L)[:, None])
+    logits = net.head(net(net.embed(z), tau)).flatten(0, 1)         # the same, all logits at once
+    flat = tau.repeat_interleave(L)[:, None]
+    plain = duo.bound(logits, y.view(-1, 1), z.view(-1, 1), flat)
     assert torch.allclose(losses.flatten(), plain[:, 0], rtol=1e-4) and losses.isfinite().all()
     ours, plain = (torch.autograd.grad(loss, net.embed.weight)[0] for loss in (mean, plain.mean()))
     assert torch.allclose(ours, plain, rtol=1e-3, atol=1e-5)
 
-
-# ---------------------------------------------------------------- Duo: samplers and distillation
 
 def test_duo_samples_the_language_in_many_steps_and_independent_tokens_in_one():
     assert distance(duo.sample(Exact(), None, 20_000, L, 1, generator()), INDEPENDENT) < 0.015
     model = Exact()
     assert distance(duo.sample(model, None, 20_000, L, 60, generator()), JOINT) < 0.015
     assert [t[0].item() for t in model.times] == pytest.approx([i / 60 for i in range(60)])
-    twice = duo.sample(Exact(own=True), None, 20_000, L, 60, generator())       # own evidence counted twice
-    assert distance(twice, JOINT) > 0.03
+    twice = duo.sample(Exact(own=True), None, 20_000, L, 60, generator())
+    assert distance(twice, JOINT) > 0.03                            # own evidence counts twice
 
 
 def test_dcd_is_the_divergence_from_the_teacher_further_along_the_path():
@@ -401,7 +401,7 @@ def test_dcd_is_the_divergence_from_the_teacher_further_along_the_path():
     mean, losses = duo.distillation_loss(student, teacher, None, y, tau, 0.25, generator(2))
     (z, here), (cleaner, there) = student.asked[0], teacher.asked[0]
     assert torch.equal(here, tau) and torch.equal(there, (tau + 0.25).clamp_max(1))
-    assert (cleaner == y)[z != cleaner].all() and (z != cleaner).any()         # a token that changes becomes right
+    assert (cleaner == y)[z != cleaner].all() and (z != cleaner).any()  # what changes is right
     for tokens, times in ((z, here), (cleaner, there)):
         right = (times + (1 - times) / V).mean().item()
         assert (tokens == y).double().mean().item() == pytest.approx(right, abs=0.015)
@@ -415,20 +415,20 @@ def test_dcd_is_the_divergence_from_the_teacher_further_along_the_path():
     assert same.item() == pytest.approx(0, abs=1e-12)
 
 
-# ---------------------------------------------------------------- ablations
-
 def test_squared_error_and_no_clock_are_the_textbooks():
-    """With (B, L, V) arrays: the squared distance of D to the one-hot text; and t itself as time, in the noise and for the
-    network."""
+    """With (B, L, V) arrays: the squared distance of D to the one-hot text; and t itself as time,
+    in the noise and for the network."""
     net = FlowTransformer(ModelConfig(40, 8, 1, 2, 16, 8, dropout=0.0))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
     y, tau, E = torch.randint(40, (4, 8)), torch.rand(4), net.embed.weight
-    z0 = noclock.noise(E, y, generator(3))
+    z0 = latent_noise(E, y.shape, generator(3))
     for loss, t, measure in (
             (noclock.loss, tau, lambda p: -p.log().gather(-1, y[..., None])[..., 0]),
-            (mse.loss, Clock(40).t_of_tau(tau).float(), lambda p: (p - F.one_hot(y, 40)).square().sum(-1))):
+            (mse.loss, Clock(40).t_of_tau(tau).float(),
+             lambda p: (p - F.one_hot(y, 40)).square().sum(-1))):
         z = (1 - t)[:, None, None] * z0 + t[:, None, None] * E[y]
         plain = measure(net.head(net(z, tau)).softmax(-1))
         mean, losses = loss(net, Clock(40), y, tau, generator(3))
-        assert torch.allclose(losses, plain, atol=1e-5) and torch.allclose(mean, plain.mean(), atol=1e-5)
+        assert torch.allclose(losses, plain, atol=1e-5)
+        assert torch.allclose(mean, plain.mean(), atol=1e-5)

@@ -1,9 +1,9 @@
 """One Billion Word benchmark (LM1B): shuffled news sentences, rows of 128 tokens.
 
-30 million sentences in GPT-2's byte pairs (V = 50,257), packed one after another;
-the test split, 300,000 more, is held out.  Source: statmt.org's benchmark as the
-data files of dvruette/lm1b on the Hugging Face hub (the benchmark's own repository
-there holds none); Chelba et al. 2013, arXiv 1312.3005, for research use.
+30 million sentences in GPT-2's byte pairs (V = 50,257), packed one after another. The test split,
+300,000 more, is held out. Source: statmt.org's benchmark, as the data files of dvruette/lm1b on
+the Hugging Face hub (the benchmark's own repository there holds none); Chelba et al. 2013, arXiv
+1312.3005, for research use.
 
     python data/lm1b/prepare.py
     python data/lm1b/prepare.py --num_proc 32
@@ -16,7 +16,7 @@ An interrupted run leaves no half-written set; the next one goes on from the cac
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the top folder
 from data import corpus
 
 NAME = "dvruette/lm1b"
@@ -25,16 +25,10 @@ NAME = "dvruette/lm1b"
 def from_hub(val_docs: int | None) -> tuple:
     """The hub's splits as (train, val); of val the last `val_docs` sentences (None: all)."""
     train, val = corpus.load_hub(NAME, "train"), corpus.load_hub(NAME, "test")
-    if val_docs is not None:
-        val = val.select(range(max(0, len(val) - val_docs), len(val)))
-    return train, val
-
-
-def main() -> None:
-    """Prepare the set as the command line says."""
-    args = corpus.packed_parser(__doc__, Path(__file__).parent, block_size=128).parse_args()
-    corpus.prepare_packed(args, NAME, from_hub)
+    first = 0 if val_docs is None else max(0, len(val) - val_docs)
+    return train, val.select(range(first, len(val)))
 
 
 if __name__ == "__main__":
-    corpus.run(main)
+    corpus.run(lambda: corpus.prepare_packed(
+        __doc__, Path(__file__).parent, 128, source=NAME, from_hub=from_hub))

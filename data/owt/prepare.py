@@ -1,9 +1,8 @@
 """OpenWebText: 8 million web pages, GPT-2 byte pairs (V = 50,257), rows of 1,024.
 
-About 9 billion tokens, 18 GB in train.bin; download and datasets cache take some
-100 GB more (HF_HOME says where).  The last 100,000 documents are held out.  Source:
-Skylion007/openwebtext on the Hugging Face hub, its collection released as CC0; the
-pages belong to their authors.
+About 9 billion tokens, 18 GB in train.bin. Download and datasets cache take some 100 GB more
+(HF_HOME says where). The last 100,000 documents are held out. Source: Skylion007/openwebtext on
+the Hugging Face hub, its collection released as CC0; the pages belong to their authors.
 
     python data/owt/prepare.py
     python data/owt/prepare.py --num_proc 32
@@ -16,12 +15,12 @@ An interrupted run leaves no half-written set; the next one goes on from the cac
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the top folder
 from data import corpus
 
 NAME = "Skylion007/openwebtext"
-# The main branch holds a loading script, which `datasets` 4 and later refuse;
-# the hub keeps its own conversion to data files under this revision.
+# The main branch holds a loading script, which `datasets` 4 and later refuse. The hub keeps its
+# own conversion to data files under this revision.
 REVISION = "refs/convert/parquet"
 
 
@@ -31,11 +30,6 @@ def from_hub(val_docs: int | None) -> tuple:
     return corpus.hold_out(documents, 100_000 if val_docs is None else val_docs)
 
 
-def main() -> None:
-    """Prepare the set as the command line says."""
-    args = corpus.packed_parser(__doc__, Path(__file__).parent, block_size=1024).parse_args()
-    corpus.prepare_packed(args, f"{NAME}@{REVISION}", from_hub)
-
-
 if __name__ == "__main__":
-    corpus.run(main)
+    corpus.run(lambda: corpus.prepare_packed(
+        __doc__, Path(__file__).parent, 1024, source=f"{NAME}@{REVISION}", from_hub=from_hub))

@@ -1,9 +1,9 @@
 """Palindromes: four random letters and their mirror image, `qkzaazkq`, V = 26, rows of 8.
 
-The smallest task that tells a joint sampler from an independent one: every letter is
-uniform on its own and certain given its partner, so drawing all eight at once but
-independently is right once in 26^4 = 456,976 tries.  200,000 training rows and 10,000
-held-out rows that are not among them.  Made here, no download, no licence.
+The smallest task that tells a joint sampler from an independent one. Every letter is uniform on
+its own and certain given its partner, so drawing all eight at once but independently is right
+once in 26^4 = 456,976 tries. 200,000 training rows and 10,000 held-out rows that are not among
+them. Made here, no download, no licence.
 
     python data/palindromes/prepare.py
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the top folder
 from data import corpus, tokenizer
 
 HALF = 4
@@ -22,30 +22,23 @@ LETTERS = string.ascii_lowercase
 
 
 def rows(codes: np.ndarray) -> np.ndarray:
-    """Numbers below 26^4, each read as four letters in base 26, as palindromes (n, 8) of ids."""
-    half = codes[:, None] // len(LETTERS) ** np.arange(HALF)[::-1] % len(LETTERS)
+    """Numbers below 26^4, read as four letters in base 26, as palindromes (n, 8) of ids. The id of
+    a letter is its place in the alphabet."""
+    half = codes[:, None] // len(LETTERS) ** np.arange(HALF)[::-1] % len(LETTERS)  # (n, 4)
     return np.concatenate([half, half[:, ::-1]], axis=1)
 
 
-def draw(n_train: int, n_val: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training rows drawn uniformly, and distinct held-out rows from what was not drawn."""
-    rng = np.random.default_rng(seed)
-    every = np.arange(len(LETTERS) ** HALF)
-    train = rng.choice(every, n_train)
-    val = rng.choice(np.setdiff1d(every, train), n_val, replace=False)
-    return rows(train), rows(val)
-
-
 def main() -> None:
-    """Prepare the set as the command line says."""
     args = corpus.parser(__doc__, Path(__file__).parent).parse_args()
     settings = {"n_train": 200_000, "n_val": 10_000, "seed": 1337}
     if corpus.is_ready(args.out_dir, settings, args.force):
         return
-    train, val = draw(**settings)
-    # Sorted characters: the id of a letter is its place in the alphabet, as `rows` has it.
+    rng = np.random.default_rng(settings["seed"])
+    every = np.arange(len(LETTERS) ** HALF)
+    train = rng.choice(every, settings["n_train"])
+    val = rng.choice(np.setdiff1d(every, train), settings["n_val"], replace=False)
     enc = tokenizer.char_encoding(LETTERS, "palindromes")
-    corpus.write_bins(args.out_dir, enc, [train], [val], 2 * HALF, settings)
+    corpus.write_bins(args.out_dir, enc, [rows(train)], [rows(val)], 2 * HALF, settings)
 
 
 if __name__ == "__main__":

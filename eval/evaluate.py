@@ -1,0 +1,344 @@
+"""Judge texts, of a checkpoint or of a .jsonl that sample.py wrote, beside held-out text.
+
+    python eval/evaluate.py --source=out/pydocs/fmlm.pt --steps=1,8     # judged by GPT-2 large
+    python eval/evaluate.py --source=samples.jsonl --scorer=out/pydocs/ar.pt
+    python eval/evaluate.py --source=out/pydocs/mdlm.pt --steps=8 --temperatures=0.7,1,1.3
+    python eval/evaluate.py --source=out/pydocs/flm.pt --num_samples=0 --bound  # likelihood only
+
+Generative perplexity is how well the scorer, another model, predicts the texts (scorers.py). It
+falls when texts get less diverse, as they do when sampled colder. So it stands beside measures of
+diversity (metrics.py), and a sweep over temperatures is also interpolated to the entropy of
+held-out text, where it reaches that (`matched`). At a temperature every token is drawn, the last
+ones of a flow too; `argmax`, the flow's own way, takes the likeliest.
+
+Sweep the noise of a flow map instead (--noise_scales=0.6,0.8,1). Less noise than in training makes
+its texts more diverse, and their tokens still agree with each other; tokens drawn one by one do
+not. In such a sweep the last guess is an argmax; temperatures below 1 are for those before it.
+
+Likelihood is another matter: nats of held-out text under the model itself, exact for ar, a bound
+for flm (bound.py), mdlm and duo (their losses). Only there is "perplexity" that of the model.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the top folder
+import flow
+import flowmap
+from baselines import noclock
+from data.loader import Data, tokenizer_from_dict
+from eval import metrics, scorers
+from eval.bound import accuracy, bits_per_character, likelihood_bound, whiten
+from lib import checkpoint as ckpt
+from lib.machine import BOUND_NOISE, SAMPLE_NOISE, Machine, generator, with_float64
+from lib.settings import configure, fail, parse_positive, parse_steps, require_in
+
+source = "out/pydocs/fmlm.pt"    # checkpoints (.pt, .ckpt) and texts (.jsonl), comma-separated
+trust_checkpoint = False         # read checkpoints although they hold Python objects
+dataset = "pydocs"               # held-out text: the first row; training text: for copies
+block_size = 0                   # tokens in a text; 0 = those of the checkpoints or the set, or 64
+steps = "1"                      # network evaluations a text; several as 1,2,4,8
+temperatures = ""                # several as argmax,0.8,1; "" = argmax for flows, 1 for others
+noise_scales = ""                # flow maps: sweep the size of the first noise
+gamma = 0.0                      # flows and flow maps: as in sample.py
+sweep_samples = 0                # first try a sweep with so many, keep what is near the data
+num_samples = 1000               # of a checkpoint; 0 = none
+batch_size = 100                 # texts made together
+copies_from = 10_000_000         # first tokens of the training text, to count and to seek copies in
+scorer = "gpt2-large"            # what transformers loads, or an ar.pt; several with commas
+scorer_samples = 0               # texts read by a scorer that is not ours, which is slow; 0 = all
+bound = False                    # also the likelihood of held-out text, where there is one
+out = ""                         # also write the rows here, .json
+device = "auto"
+dtype = "auto"
+seed = 1
+
+settings = configure(globals(), sys.argv[1:])
+globals().update(settings)
+require_in(settings, "[0, inf)", "num_samples", "sweep_samples", "scorer_samples", "seed",
+           "block_size")
+require_in(settings, "[1, inf)", "batch_size", "copies_from")
+require_in(settings, "[0, 1]", "gamma")
+if num_samples == 1:
+    fail("num_samples=1: one text cannot be compared with others; ask for more, or for 0 = none")
+wanted = parse_steps(steps)
+words = [word for word in temperatures.split(",") if word]
+numbers = parse_positive("temperatures", [w for w in words if w != "argmax"], "argmax,0.8,1")
+scales = parse_positive("noise_scales", [w for w in noise_scales.split(",") if w], "0.6,0.8,1")
+machine = Machine(with_float64(device), dtype)
+if machine.world > 1:
+    fail("evaluate.py runs as one process; start it with python")
+
+NEARLY_CLEAN = math.exp(12.6)    # a signal-to-noise ratio at which a text can be read off its state
+FLOWS = "flm", "fmlm", "dense", "mse", "noclock"  # sampled by flow.py and flowmap.py
+FILES = {"sdtt": "mdlm", "dcd": "duo"}            # where distilled baselines have their sampler
+RUN = "model", "steps", "temperature", "gamma", "noise_scale"   # texts of sample.py share these
+
+
+# ------------------------------------------------------------------------------ texts
+
+
+def clock_of(checkpoint: dict, net) -> flow.Clock | noclock.NoClock:
+    clock = flow.Clock(net.config.vocab_size, net.config.n_embd,
+                       checkpoint["clock_embedding_share"], machine.device)
+    return noclock.NoClock(clock) if checkpoint["kind"] == "noclock" else clock
+
+
+def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, noise_scale: float,
+             number: int) -> np.ndarray:
+    """Tokens (number, L), at a temperature or, of a flow, by "argmax", from noise_scale x noise."""
+    kind, E = checkpoint["kind"], net.embed.weight.detach()
+    clock, factor, rows = clock_of(checkpoint, net), flow.noise_factor(E), []
+    by_argmax = temperature == "argmax" or kind == "fmlm" and scales
+    for group in range(math.ceil(number / batch_size)):
+        B = min(batch_size, number - group * batch_size)
+        rng = generator(seed, SAMPLE_NOISE, group, device=machine.device)
+        noise = lambda: flow.latent_noise(E, (B, L), rng, factor)   # (B, L, d)
+        draw = lambda head, hidden: flow.drawn(head, hidden, rng, temperature)
+        # The cache of ar holds one dtype.
+        with machine.autocast() if kind != "ar" else contextlib.nullcontext():
+            if kind not in FLOWS:
+                baseline = importlib.import_module(f"baselines.{FILES.get(kind, kind)}")
+                rows.append(baseline.sample(net, clock, B, L, n_steps, rng, temperature))
+                continue
+            sample = flowmap.sample if kind == "fmlm" else flow.sample
+            rows.append(sample(net, clock, noise() * noise_scale, n_steps, gamma, noise,
+                               flow.most_likely if by_argmax else draw,
+                               1.0 if temperature == "argmax" else temperature))
+    return torch.cat(rows).cpu().numpy()
+
+
+def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
+    """Pairs (temperature, noise scale): the default, unless the temperatures given lack it, and the
+    sweep. For a map with noise_scales always both."""
+    default = ("argmax" if kind in FLOWS else 1.0, 1.0)
+    swept = metrics.sweep(kind, n_steps, numbers, scales)
+    wants = default in swept or default[0] in words or not swept or kind == "fmlm" and scales
+    return [default] if wants else [], swept
+
+
+def near(checkpoint: dict, net, n_steps: int, swept: list[tuple], row: dict) -> list[tuple]:
+    """The part of a sweep that sweep_samples texts of each show to be around the entropy or the
+    share of rare tokens of held-out text, whose row this is."""
+    if len(swept) < 3:
+        return swept
+    chosen, looks = [], [texts_of(checkpoint, net, n_steps, *way, sweep_samples) for way in swept]
+    for key, measure in (("entropy", metrics.sample_entropies), ("rare_256", rare_256)):
+        values, target = [measure(tokens) for tokens in looks], row[key]["value"]
+        error = 2 * max(v.std() for v in values) / sweep_samples ** 0.5
+        if target:
+            chosen += metrics.around(swept, [v.mean() for v in values], target, error)
+    return [way for way in swept if way in chosen]
+
+
+def ids_of(record: dict) -> list[int]:
+    """The tokens of a record, at most L: its own if they spell its text in this vocabulary or there
+    is no text; otherwise the text is encoded."""
+    ids = [int(i) for i in record.get("tokens") or ()]
+    ours = ids and ("text" not in record
+                    or max(ids) < V and encoding.decode(ids) == record["text"])
+    return (ids if ours else encoding.encode_ordinary(record["text"]))[:L]
+
+
+def read_texts(path: str) -> dict[str, np.ndarray]:
+    """Tokens (n, L) of a .jsonl by the name of each run of sample.py in it: runs differ in RUN."""
+    try:
+        records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+        rows = [(tuple(record.get(key) for key in RUN), ids_of(record)) for record in records]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        fail(f"{path} is no .jsonl with a text a line ({type(error).__name__}: {error})")
+    whole = [(run, row) for run, row in rows if len(row) == L and 0 <= min(row) and max(row) < V]
+    if len(whole) < len(rows):
+        print(f"{path}: left out {len(rows) - len(whole)} of {len(rows)} texts, of fewer than {L} "
+              f"tokens or unknown ones", file=sys.stderr)
+    texts = {}
+    for run, row in whole:
+        texts.setdefault(run, []).append(row)
+    if min(map(len, texts.values()), default=0) < 2:
+        fail(f"{path} has fewer than two texts of {L} tokens in a run; see block_size")
+    differ = [i for i in range(len(RUN)) if len({run[i] for run in texts}) > 1]
+    return {" ".join([path, *(f"{RUN[i]}={run[i]}" for i in differ)]): np.array(tokens)
+            for run, tokens in texts.items()}
+
+
+# ------------------------------------------------------------------------------ a row of the table
+
+
+def rare_256(tokens: np.ndarray) -> np.ndarray:
+    """The share of each of the tokens (n, L) outside the 256 most common ones, (n,)."""
+    return metrics.rare_shares(tokens, training_counts, 256)
+
+
+def measured(value, interval) -> dict:
+    return dict(value=float(value), low=interval[0], high=interval[1])
+
+
+def mean(values: np.ndarray, interval=metrics.bootstrap) -> dict:
+    return measured(values.mean(), interval(values))
+
+
+def of_all(statistic, tokens: np.ndarray) -> dict:
+    """A statistic of all samples together. A bootstrap would repeat n-grams. So its interval comes
+    from random halves, drawn without replacement: they vary around the whole as the whole around
+    the truth, S^2 / (n/2) (1 - 1/2) = S^2 / n (delete-half jackknife)."""
+    rng, n, value = np.random.default_rng(0), len(tokens), statistic(tokens)
+    error = 1.96 * np.std([statistic(tokens[rng.permutation(n)[:n // 2]]) for _ in range(50)])
+    return measured(value, (value - error, value + error))
+
+
+def print_values(name: str, row: dict) -> None:
+    values = {key: entry["value"] for key, entry in row.items() if isinstance(entry, dict)}
+    print("  ".join([f"{name:34}", *(f"{key} {values[key]:.4g}" for key in values)]), flush=True)
+
+
+def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
+    """Everything about the tokens (n, L); and for each scorer the entropies of all texts, (n,), and
+    nats and numbers of tokens of those it read."""
+    texts = [encoding.decode(row) for row in tokens.tolist()]
+    equal = tokens[:len(held_out_tokens)]  # for what depends on the number of samples
+    kl = lambda x: metrics.unigram_kl(training_counts, np.bincount(x.ravel(), minlength=V))
+    entropies = metrics.sample_entropies(tokens)
+    copies = metrics.longest_copies(tokens, training_rows)
+    row = dict(
+        name=name, **facts, samples=len(tokens), entropy=mean(entropies),
+        self_bleu=mean(metrics.self_bleu(equal)), unigram_kl=of_all(kl, equal),
+        distinct_2=of_all(lambda x: metrics.distinct_ngrams(x, 2), equal),
+        distinct_4=of_all(lambda x: metrics.distinct_ngrams(x, 4), equal),
+        rare_256=mean(rare_256(tokens)),
+        rare_2048=mean(metrics.rare_shares(tokens, training_counts, 2048)),
+        longest_copy=mean(copies), copied=mean(copies >= L // 2, metrics.wilson),
+        different=of_all(metrics.distinct, tokens))
+    if held_out.path.parent.name == "palindromes":
+        row["valid"] = mean(metrics.palindromes(tokens), metrics.wilson)
+    scored = {}
+    for scorer_name, score in score_of.items():
+        read = slice(None if scorer_name.endswith(".pt") else scorer_samples or None)
+        losses, counts = score(tokens[read], texts[read])
+        scored[scorer_name] = entropies, losses, counts
+        row[f"perplexity {scorer_name}"] = measured(
+            metrics.perplexity(losses, counts),
+            metrics.bootstrap(np.stack([losses, counts], 1), metrics.perplexity))
+    print_values(name, row)
+    return row, scored
+
+
+def match(runs: list[tuple], entropy: float) -> dict | None:
+    """The perplexity at this entropy, from what a sweep `scored`; its interval by drawing the
+    samples anew at every temperature. None where the sweep does not reach it."""
+    def at(runs):
+        found = metrics.entropy_matched(
+            [entropies.mean() for entropies, _, _ in runs],
+            [math.log(metrics.perplexity(losses, counts)) for _, losses, counts in runs], entropy)
+        return math.nan if found is None else math.exp(found)
+
+    def drawn_anew(entropies, losses, counts):
+        i = rng.integers(len(entropies), size=len(entropies))
+        j = i if len(losses) == len(i) else rng.integers(len(losses), size=len(losses))
+        return entropies[i], losses[j], counts[j]
+    value, rng = at(runs), np.random.default_rng(0)
+    if math.isnan(value):
+        return None
+    again = [at([drawn_anew(*run) for run in runs]) for _ in range(500)]
+    return measured(value, np.nanquantile(again, [0.025, 0.975]).tolist())
+
+
+@torch.no_grad()
+def likelihood(checkpoint: dict, net) -> dict | None:
+    """Nats of held-out text under the model: per token, as bits a character, as perplexity."""
+    kind, values, right = checkpoint["kind"], [], []
+    if kind not in ("ar", "flm", "mdlm", "duo"):
+        return None
+    clock, draws = clock_of(checkpoint, net), 1 if kind == "ar" else 32
+    E_white = whiten(net.embed.weight) if kind == "flm" else None
+    for first in range(0, len(held_out_tokens), batch_size):
+        y = machine.put(held_out_tokens[first:first + batch_size])
+        rng = generator(seed, BOUND_NOISE, first, device=machine.device)
+        with machine.autocast():
+            if kind == "flm":
+                values.append(likelihood_bound(net, clock, y, rng, draws, E_white=E_white).nats)
+                right.append(accuracy(net, clock, y, rng, NEARLY_CLEAN, E_white))
+                continue
+            loss = importlib.import_module(f"baselines.{kind}").loss
+            times = flow.stratified(draws * len(y), rng).float().view(draws, -1)
+            values.append(sum(loss(net, clock, y, tau, rng)[1].cpu().double().sum(1)
+                              for tau in times) / draws)
+    nats = torch.cat(values).cpu().double().numpy()                 # (n,)
+    characters = np.array([len(encoding.decode(row)) for row in held_out_tokens.tolist()])
+    bits = metrics.bootstrap(np.stack([nats, characters], 1),
+                             lambda n, c: bits_per_character(n.sum(-1), c.sum(-1)))
+    accuracies = dict(accuracy_nearly_clean=mean(torch.cat(right).cpu().numpy())) if right else {}
+    return accuracies | dict(
+        exact=kind == "ar", nats_per_token=mean(nats / L),
+        bits_per_character=measured(bits_per_character(nats.sum(), characters.sum()), bits),
+        perplexity=measured(math.exp(nats.mean() / L), np.exp(metrics.bootstrap(nats / L))))
+
+
+# ------------------------------------------------------------------------------ the program
+
+sources, judges = source.split(","), [name for name in scorer.split(",") if name and num_samples]
+checkpoints = {name: ckpt.load_checkpoint(name, trust=trust_checkpoint)
+               for name in sources if name.endswith((".pt", ".ckpt"))}
+lengths = {c["model_config"]["block_size"] for c in checkpoints.values()} | {block_size} - {0}
+if len(lengths) > 1:
+    fail(f"texts of {' and '.join(map(str, sorted(lengths)))} tokens cannot be judged together")
+L = lengths.pop() if lengths else Data.row_length(dataset) or 64
+held_out, training = (Data(dataset, split, L, seed) for split in ("val", "train"))
+for checkpoint in checkpoints.values():
+    ckpt.require_same_vocabulary(checkpoint, held_out)
+V, encoding = held_out.meta["vocab_size"], tokenizer_from_dict(held_out.tokenizer)
+if num_samples and (L < 4 or held_out.n_rows < 2):
+    fail(f"texts of {L} tokens cannot be judged: they need 4 tokens and two held-out texts")
+held_out_tokens = held_out.rows(0, min(held_out.n_rows, num_samples or held_out.n_rows))
+packed = held_out.meta["row_length"] or 1
+training_rows = np.asarray(training.tokens[:copies_from // packed * packed])
+training_rows = training_rows.reshape(-1, packed) if packed > 1 else training_rows
+training_counts = np.bincount(training_rows.ravel(), minlength=V)
+score_of = {Path(name).name: scorers.load(name, held_out, machine) for name in judges}
+if len(score_of) < len(judges):
+    fail(f"scorer={scorer}: two of them have the same name")
+
+rows = [judge("held-out text", held_out_tokens)[0]] if num_samples else []
+likelihoods, matched = {}, {}
+for name in sources:
+    if name not in checkpoints:
+        rows += [judge(run, tokens, source=name)[0] for run, tokens in read_texts(name).items()]
+        continue
+    checkpoint = checkpoints[name]
+    net, kind = ckpt.build_model(checkpoint, machine.device), checkpoint["kind"]
+    for n_steps in wanted if num_samples else ():
+        default, swept = ways(kind, n_steps)
+        if sweep_samples:
+            swept = near(checkpoint, net, n_steps, swept, rows[0])
+        scored = {}
+        for way in dict.fromkeys(default + swept):                  # each once
+            temperature, noise_scale = way
+            scaled = f", noise x {noise_scale:g}" if noise_scale != 1 else ""
+            row, scored[way] = judge(
+                f"{kind}, {n_steps} steps, {temperature}{scaled}",
+                texts_of(checkpoint, net, n_steps, *way, num_samples), source=name, kind=kind,
+                steps=n_steps, temperature=temperature, noise_scale=noise_scale)
+            rows.append(row)
+        for key in score_of if len(swept) > 1 else ():
+            at = match([scored[way][key] for way in swept], rows[0]["entropy"]["value"])
+            matched.setdefault(name, {}).setdefault(str(n_steps), {})[key] = at
+            said = f"{at['value']:.4g}" if at else "not reached"
+            print(f"  perplexity {key} at the entropy of held-out text: {said}")
+    if bound and (found := likelihood(checkpoint, net)):
+        likelihoods[name] = found
+        print_values(f"{name}, likelihood ({'exact' if found['exact'] else 'a bound'})", found)
+if out:
+    kept = {key: value for key, value in settings.items()
+            if key not in (*ckpt.PLACES, "source", "scorer", "out")}
+    record = dict(date=time.strftime("%Y-%m-%d"), machine=machine.describe(),
+                  torch=torch.__version__, settings=kept, vocabulary=V, scorers=list(score_of),
+                  rows=rows, matched=matched, likelihoods=likelihoods)
+    ckpt.replace_file(Path(out), lambda file: file.write(json.dumps(record, indent=1).encode()))
+    print(f"wrote {out}")
