@@ -45,8 +45,7 @@ eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
-objective = "psd"                # psd (semigroup), lsd (Lagrangian) or esd (Eulerian); the last two
-                                 # differentiate in time, and want an FLM with time_scale = 1
+objective = "psd"                # or lsd, esd: they differentiate in tau and want time_scale = 1
 self_distill = False             # the diagonal learns from the data; weights, E are the FLM's still
 teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
 diagonal_share = 0.5             # of every batch; the rest learns jumps

@@ -102,13 +102,13 @@ class Denoiser:
     """D_t of an FLM at a temperature, or the diagonal of a flow map (two times), delta_{t,t}."""
 
     def __init__(self, model: Callable, temperature: float = 1.0, times: int = 1):
-        self.model, self.temperature, self.times = model, temperature, times
+        self.model, self.times = model, times
+        self.head = lambda hidden: model.head(hidden) / temperature
+        self.head.out_features = model.head.out_features            # V, by which tokens are sliced
 
     def __call__(self, z: Tensor, tau: Tensor) -> Tensor:
         return self.model(z, *[tau] * self.times)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.head(hidden) / self.temperature
 
 # ------------------------------------------------------------------------------ times
 

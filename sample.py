@@ -21,7 +21,7 @@ import flow
 import flowmap
 from lib import checkpoint as ckpt
 from lib.machine import SAMPLE_NOISE, Machine, generator
-from lib.settings import configure, fail, parse_steps, require_in
+from lib.settings import configure, fail, parse_numbers, require_choice, require_in
 
 out_dir = "out/pydocs"           # where train.py and distill.py wrote
 init_from = ""                   # a checkpoint instead: ours, or one the authors released (.ckpt)
@@ -47,7 +47,8 @@ require_in(settings, "[0, inf)", "block_size", "seed")
 require_in(settings, "[0, 1000000]", "flow_steps")
 require_in(settings, "[0, 1]", "gamma")
 require_in(settings, "[1e-3, 1e3]", "noise_scale", "temperature")  # beyond, float32 overflows
-wanted = parse_steps(steps)
+require_choice("model", model, ("auto", "flm", "fmlm"))
+wanted = parse_numbers("steps", steps, int, "1,2,4,8")
 if flow_steps and init_from:
     fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from")
 if out:
@@ -60,16 +61,30 @@ if out:
 machine = Machine(device, dtype)
 if machine.world > 1:
     fail("sample.py runs as one process; start it with python")
-checkpoint = ckpt.find_checkpoint(Path(out_dir), model, init_from, trust_checkpoint)
+flow_path, map_path = Path(out_dir) / "flm.pt", Path(out_dir) / "fmlm.pt"
+if init_from:
+    checkpoint = ckpt.load_checkpoint(init_from, model.replace("auto", ""), trust_checkpoint)
+    if checkpoint["kind"] not in ckpt.KINDS:
+        fail(f"{init_from} is a baseline ({checkpoint['kind']}), which sample.py would read as a "
+             f"flow; eval/evaluate.py samples it")
+elif model == "flm" or model == "auto" and flow_path.exists() and not map_path.exists():
+    checkpoint = ckpt.load_checkpoint(flow_path, "flm")
+    if model == "auto":
+        print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens of "
+              f"steps", file=sys.stderr)
+else:
+    checkpoint = ckpt.load_checkpoint(map_path, "fmlm")
+    if flow_path.exists() and flow_path.stat().st_mtime > map_path.stat().st_mtime:
+        print(f"{flow_path} is newer than {map_path}: run distill.py for its flow map",
+              file=sys.stderr)
 L = ckpt.set_length(checkpoint, block_size, init_from)
 is_map = checkpoint["model_config"]["flow_map"]
 net = flow_net = ckpt.build_model(checkpoint, machine.device)
 if flow_steps:
-    flow_net = ckpt.build_model(ckpt.load_checkpoint(Path(out_dir) / "flm.pt", "flm"),
-                                machine.device)
+    flow_net = ckpt.build_model(ckpt.load_checkpoint(flow_path, "flm"), machine.device)
     if not flow_net.embed.weight.equal(net.embed.weight):
-        fail(f"{out_dir}/flm.pt is not the flow that the flow map was distilled from; run "
-             f"distill.py again")
+        fail(f"{flow_path} is not the flow that {map_path} was distilled from; run distill.py "
+             f"again")
 clock = flow.Clock(net.config.vocab_size, net.config.n_embd, checkpoint["clock_embedding_share"],
                    machine.device)
 encoding = ckpt.find_tokenizer(checkpoint, vocabulary)

@@ -85,8 +85,9 @@ rest = [p for p in student.parameters() if not any(p is matrix for matrix in muo
 optimizers = [torch.optim.AdamW(rest, learning_rate, (beta1, beta2), weight_decay=weight_decay,
                                 fused=True)]
 if muon:
-    optimizers.append(torch.optim.Muon(muon, learning_rate, weight_decay, momentum=0.95,
-                                       adjust_lr_fn="match_rms_adamw"))
+    from lib.optim import Muon
+    muon_dtype = torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32
+    optimizers.append(Muon(muon, learning_rate, weight_decay, muon_dtype))
 done = ckpt.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0  # rounds
 
 log = ckpt.Log(path, machine, bool(checkpoint), done * per_round, "", settings)

@@ -5,7 +5,6 @@
     python eval/bench.py distill                      # the same of a distillation step
     python eval/bench.py sample --batch_size=1        # one-step text, and a decoder with a KV cache
     python eval/bench.py head                         # the head's loss and gradient, in four ways
-    python eval/bench.py average                      # the average embedding of a sampling step
     python eval/bench.py scaling                      # against V, B L and sampling steps: an hour
     python eval/bench.py plot                         # the scaling as a figure, out_dir/scaling.png
     python eval/bench.py train --other=../old --paths=other,ours    # before and after a change
@@ -79,7 +78,7 @@ seed = 1
 worker = ""                      # set by bench.py itself: the path this process measures
 
 COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar",
-            "head": "ours,checkpointed,builtin,whole", "average": "ours,online", "scaling": "",
+            "head": "ours,checkpointed,builtin,whole", "scaling": "",
             "plot": ""}
 _words = sys.argv[1:]
 _command = _words.pop(0) if _words and not _words[0].startswith("-") else ""    # _: no setting
@@ -198,20 +197,8 @@ def head_step(path, machine):
     return step
 
 
-def average_step(path, machine):
-    """A function that averages the embedding, in slices of tokens (ours) or of the vocabulary."""
-    model = network(machine)
-    hidden = torch.randn(batch_size, block_size, n_embd, device=machine.device)
-    average = flow.expected_embedding if path == "ours" else heads.online
-
-    def step():
-        with machine.autocast():
-            return average(model.head, hidden, model.embed.weight.detach())
-    return step
-
-
 STEPS = {"train": training_step, "distill": training_step, "sample": sampling_step,
-         "head": head_step, "average": average_step}
+         "head": head_step}
 
 
 def measure(path) -> None:
@@ -267,11 +254,11 @@ def run_worker(name: str, path: str, **changes) -> dict:
             fail(f"no {program}")
         known = re.findall(r"^(\w+) = ", program.read_text().split("settings = ")[0], re.M)
         values = {key: values[key] for key in known if key in values} | {"worker": "ours"}
-    words = [f"--{key}={value}" for key, value in values.items() if value != ""]
-    done = subprocess.run([sys.executable, program, name, *words], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, program, name]
+    words += [f"--{key}={value}" for key, value in values.items() if value != ""]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        fail(f"bench.py {name}, path {path}, ended with status {done.returncode}; see above "
-             f"(-9: out of memory)")
+        fail(f"path {path} ended with status {done.returncode} (-9: out of memory); see above")
     return json.loads(done.stdout.splitlines()[-1])
 
 

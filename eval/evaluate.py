@@ -15,8 +15,8 @@ Sweep the noise of a flow map instead (--noise_scales=0.6,0.8,1). Less noise tha
 its texts more diverse, and their tokens still agree with each other; tokens drawn one by one do
 not. In such a sweep the last guess is an argmax; temperatures below 1 are for those before it.
 
-Likelihood is another matter: nats of held-out text under the model itself, exact for ar, a bound
-for flm (bound.py), mdlm and duo (their losses). Only there is "perplexity" that of the model.
+The likelihood of held-out text is exact for ar, a bound for flm (bound.py), mdlm and duo (their
+losses). Only there is "perplexity" that of the model itself.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from eval import metrics, scorers
 from eval.bound import accuracy, bits_per_character, likelihood_bound, whiten
 from lib import checkpoint as ckpt
 from lib.machine import BOUND_NOISE, SAMPLE_NOISE, Machine, generator, with_float64
-from lib.settings import configure, fail, parse_positive, parse_steps, require_in
+from lib.settings import configure, fail, parse_numbers, require_in
 
 source = "out/pydocs/fmlm.pt"    # checkpoints (.pt, .ckpt) and texts (.jsonl), comma-separated
 trust_checkpoint = False         # read checkpoints although they hold Python objects
@@ -69,13 +69,14 @@ require_in(settings, "[1, inf)", "batch_size", "copies_from")
 require_in(settings, "[0, 1]", "gamma")
 if num_samples == 1:
     fail("num_samples=1: one text cannot be compared with others; ask for more, or for 0 = none")
-wanted = parse_steps(steps)
+wanted = parse_numbers("steps", steps, int, "1,2,4,8")
 words = [word for word in temperatures.split(",") if word]
-numbers = parse_positive("temperatures", [w for w in words if w != "argmax"], "argmax,0.8,1")
-scales = parse_positive("noise_scales", [w for w in noise_scales.split(",") if w], "0.6,0.8,1")
+listed = ",".join(word for word in words if word != "argmax")
+numbers = sorted(parse_numbers("temperatures", listed, float, "0.8,1")) if listed else []
+scales = sorted(parse_numbers("noise_scales", noise_scales, float, "0.6,1")) if noise_scales else []
 machine = Machine(with_float64(device), dtype)
 if machine.world > 1:
-    fail("evaluate.py runs as one process; start it with python")
+    fail("eval/evaluate.py runs as one process; start it with python")
 
 NEARLY_CLEAN = math.exp(12.6)    # a signal-to-noise ratio at which a text can be read off its state
 FLOWS = "flm", "fmlm", "dense", "mse", "noclock"  # sampled by flow.py and flowmap.py
@@ -97,14 +98,14 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
     """Tokens (number, L), at a temperature or, of a flow, by "argmax", from noise_scale x noise."""
     kind, E = checkpoint["kind"], net.embed.weight.detach()
     clock, factor, rows = clock_of(checkpoint, net), flow.noise_factor(E), []
+    autocast = contextlib.nullcontext if kind == "ar" else machine.autocast    # it caches one dtype
     by_argmax = temperature == "argmax" or kind == "fmlm" and scales
     for group in range(math.ceil(number / batch_size)):
         B = min(batch_size, number - group * batch_size)
         rng = generator(seed, SAMPLE_NOISE, group, device=machine.device)
         noise = lambda: flow.latent_noise(E, (B, L), rng, factor)   # (B, L, d)
         draw = lambda head, hidden: flow.drawn(head, hidden, rng, temperature)
-        # The cache of ar holds one dtype.
-        with machine.autocast() if kind != "ar" else contextlib.nullcontext():
+        with autocast():
             if kind not in FLOWS:
                 baseline = importlib.import_module(f"baselines.{FILES.get(kind, kind)}")
                 rows.append(baseline.sample(net, clock, B, L, n_steps, rng, temperature))
@@ -126,12 +127,11 @@ def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
 
 
 def near(checkpoint: dict, net, n_steps: int, swept: list[tuple], row: dict) -> list[tuple]:
-    """The part of a sweep that sweep_samples texts of each show to be around the entropy or the
-    share of rare tokens of held-out text, whose row this is."""
-    if len(swept) < 3:
-        return swept
+    """The ways whose first sweep_samples texts are around the entropy or the share of rare tokens
+    of held-out text, whose row this is."""
     chosen, looks = [], [texts_of(checkpoint, net, n_steps, *way, sweep_samples) for way in swept]
-    for key, measure in (("entropy", metrics.sample_entropies), ("rare_256", rare_256)):
+    rare = lambda tokens: metrics.rare_shares(tokens, training_counts, 256)
+    for key, measure in (("entropy", metrics.sample_entropies), ("rare_256", rare)):
         values, target = [measure(tokens) for tokens in looks], row[key]["value"]
         error = 2 * max(v.std() for v in values) / sweep_samples ** 0.5
         if target:
@@ -156,9 +156,8 @@ def read_texts(path: str) -> dict[str, np.ndarray]:
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         fail(f"{path} is no .jsonl with a text a line ({type(error).__name__}: {error})")
     whole = [(run, row) for run, row in rows if len(row) == L and 0 <= min(row) and max(row) < V]
-    if len(whole) < len(rows):
-        print(f"{path}: left out {len(rows) - len(whole)} of {len(rows)} texts, of fewer than {L} "
-              f"tokens or unknown ones", file=sys.stderr)
+    if left := len(rows) - len(whole):
+        print(f"{path}: {left} texts left out, not of {L} known tokens", file=sys.stderr)
     texts = {}
     for run, row in whole:
         texts.setdefault(run, []).append(row)
@@ -172,11 +171,6 @@ def read_texts(path: str) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------ a row of the table
 
 
-def rare_256(tokens: np.ndarray) -> np.ndarray:
-    """The share of each of the tokens (n, L) outside the 256 most common ones, (n,)."""
-    return metrics.rare_shares(tokens, training_counts, 256)
-
-
 def measured(value, interval) -> dict:
     return dict(value=float(value), low=interval[0], high=interval[1])
 
@@ -186,22 +180,20 @@ def mean(values: np.ndarray, interval=metrics.bootstrap) -> dict:
 
 
 def of_all(statistic, tokens: np.ndarray) -> dict:
-    """A statistic of all samples together. A bootstrap would repeat n-grams. So its interval comes
-    from random halves, drawn without replacement: they vary around the whole as the whole around
-    the truth, S^2 / (n/2) (1 - 1/2) = S^2 / n (delete-half jackknife)."""
+    """A statistic of all samples together. A bootstrap would repeat n-grams. So the interval comes
+    from random halves: S^2 / (n/2) (1 - 1/2) = S^2 / n (delete-half jackknife)."""
     rng, n, value = np.random.default_rng(0), len(tokens), statistic(tokens)
     error = 1.96 * np.std([statistic(tokens[rng.permutation(n)[:n // 2]]) for _ in range(50)])
     return measured(value, (value - error, value + error))
 
 
 def print_values(name: str, row: dict) -> None:
-    values = {key: entry["value"] for key, entry in row.items() if isinstance(entry, dict)}
-    print("  ".join([f"{name:34}", *(f"{key} {values[key]:.4g}" for key in values)]), flush=True)
+    print(f"{name:34}", *(f"{key} {entry['value']:.4g}" for key, entry in row.items()
+                          if isinstance(entry, dict)), sep="  ", flush=True)
 
 
 def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
-    """Everything about the tokens (n, L); and for each scorer the entropies of all texts, (n,), and
-    nats and numbers of tokens of those it read."""
+    """All about tokens (n, L); for each scorer entropies, and nats and lengths of what it read."""
     texts = [encoding.decode(row) for row in tokens.tolist()]
     equal = tokens[:len(held_out_tokens)]  # for what depends on the number of samples
     kl = lambda x: metrics.unigram_kl(training_counts, np.bincount(x.ravel(), minlength=V))
@@ -212,8 +204,7 @@ def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
         self_bleu=mean(metrics.self_bleu(equal)), unigram_kl=of_all(kl, equal),
         distinct_2=of_all(lambda x: metrics.distinct_ngrams(x, 2), equal),
         distinct_4=of_all(lambda x: metrics.distinct_ngrams(x, 4), equal),
-        rare_256=mean(rare_256(tokens)),
-        rare_2048=mean(metrics.rare_shares(tokens, training_counts, 2048)),
+        **{f"rare_{k}": mean(metrics.rare_shares(tokens, training_counts, k)) for k in (256, 2048)},
         longest_copy=mean(copies), copied=mean(copies >= L // 2, metrics.wilson),
         different=of_all(metrics.distinct, tokens))
     if held_out.path.parent.name == "palindromes":
@@ -235,14 +226,14 @@ def match(runs: list[tuple], entropy: float) -> dict | None:
     samples anew at every temperature. None where the sweep does not reach it."""
     def at(runs):
         found = metrics.entropy_matched(
-            [entropies.mean() for entropies, _, _ in runs],
-            [math.log(metrics.perplexity(losses, counts)) for _, losses, counts in runs], entropy)
+            [entropies.mean() for entropies, *_ in runs],
+            [math.log(metrics.perplexity(*scores)) for _, *scores in runs], entropy)
         return math.nan if found is None else math.exp(found)
 
     def drawn_anew(entropies, losses, counts):
         i = rng.integers(len(entropies), size=len(entropies))
-        j = i if len(losses) == len(i) else rng.integers(len(losses), size=len(losses))
-        return entropies[i], losses[j], counts[j]
+        read = i[i < len(losses)]  # by the scorer, the first ones
+        return entropies[i], losses[read], counts[read]
     value, rng = at(runs), np.random.default_rng(0)
     if math.isnan(value):
         return None
@@ -251,11 +242,9 @@ def match(runs: list[tuple], entropy: float) -> dict | None:
 
 
 @torch.no_grad()
-def likelihood(checkpoint: dict, net) -> dict | None:
+def likelihood(checkpoint: dict, net) -> dict:
     """Nats of held-out text under the model: per token, as bits a character, as perplexity."""
     kind, values, right = checkpoint["kind"], [], []
-    if kind not in ("ar", "flm", "mdlm", "duo"):
-        return None
     clock, draws = clock_of(checkpoint, net), 1 if kind == "ar" else 32
     E_white = whiten(net.embed.weight) if kind == "flm" else None
     for first in range(0, len(held_out_tokens), batch_size):
@@ -315,24 +304,22 @@ for name in sources:
     net, kind = ckpt.build_model(checkpoint, machine.device), checkpoint["kind"]
     for n_steps in wanted if num_samples else ():
         default, swept = ways(kind, n_steps)
-        if sweep_samples:
+        if sweep_samples and len(swept) > 2:
             swept = near(checkpoint, net, n_steps, swept, rows[0])
         scored = {}
         for way in dict.fromkeys(default + swept):                  # each once
             temperature, noise_scale = way
-            scaled = f", noise x {noise_scale:g}" if noise_scale != 1 else ""
             row, scored[way] = judge(
-                f"{kind}, {n_steps} steps, {temperature}{scaled}",
+                f"{kind}, {n_steps} steps, {temperature}, noise x {noise_scale:g}",
                 texts_of(checkpoint, net, n_steps, *way, num_samples), source=name, kind=kind,
                 steps=n_steps, temperature=temperature, noise_scale=noise_scale)
             rows.append(row)
         for key in score_of if len(swept) > 1 else ():
             at = match([scored[way][key] for way in swept], rows[0]["entropy"]["value"])
             matched.setdefault(name, {}).setdefault(str(n_steps), {})[key] = at
-            said = f"{at['value']:.4g}" if at else "not reached"
-            print(f"  perplexity {key} at the entropy of held-out text: {said}")
-    if bound and (found := likelihood(checkpoint, net)):
-        likelihoods[name] = found
+            print(f"  {key} at held-out entropy:", f"{at['value']:.4g}" if at else "not reached")
+    if bound and kind in ("ar", "flm", "mdlm", "duo"):
+        likelihoods[name] = found = likelihood(checkpoint, net)
         print_values(f"{name}, likelihood ({'exact' if found['exact'] else 'a bound'})", found)
 if out:
     kept = {key: value for key, value in settings.items()

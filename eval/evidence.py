@@ -95,7 +95,7 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0,
         teacher, _ = teacher_of(name, dataset, seed)
         iters = about["distill_iters"]
     if name in ("sdtt", "dcd"):
-        words = ["baselines/distill.py", f"--method={name}", f"--teacher={teacher}",
+        words = ["baselines/distill.py", f"--method={name}", f"--teacher_path={teacher}",
                  *about["discrete"]]
     elif name in TEACHER:
         path = folder / name / "fmlm.pt"
@@ -103,7 +103,7 @@ def model(name: str, dataset: str, seed: int, rate: float, share: float = 1.0,
         if name == "self":
             objective, options = "psd", ["--self_distill", "--teacher_temperature=1"]
         words = ["distill.py", f"config/distill_{about['config']}.py", f"--objective={objective}",
-                 *options, f"--teacher={teacher}"]
+                 *options, f"--teacher_path={teacher}"]
     else:
         method, options = f"--method={name}", [about["clean"]] * (name in ("ar", "mdlm", "duo"))
         if name in LIKE_FLM:

@@ -6,9 +6,6 @@ flow.cross_entropy. They differ in what they hold for V = 50,257 and in what the
     whole         all logits at once; three products with the vocabulary, two of them backward;
     checkpointed  the logits of a slice of tokens, recomputed in the backward pass: four products;
     builtin       F.linear_cross_entropy in chunks, which has no cap on the logits.
-
-And `online` averages the embedding like flow.expected_embedding, but a slice of the vocabulary at a
-time, not of the tokens.
 """
 
 import torch
@@ -16,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flow import SLICE, slices
-from model import cap
+from flow import slices
 
 
 def whole(head: nn.Module, hidden: Tensor, y: Tensor) -> Tensor:
@@ -39,19 +35,3 @@ def builtin(head: nn.Module, hidden: Tensor, y: Tensor) -> Tensor:
     return F.linear_cross_entropy(
         hidden.flatten(0, 1).to(dtype), head.weight.to(dtype), y.flatten(),
         linear_bias=head.bias.to(dtype), options=torch.nn.LinearCrossEntropyOptions()).float()
-
-
-@torch.no_grad()
-def online(head: nn.Module, hidden: Tensor, E: Tensor) -> Tensor:
-    """D E (B, L, d) from hidden (B, L, d), E (V, d). The largest logit so far, the sum of the
-    exponentials relative to it and their sum weighted by E are corrected as larger logits come."""
-    h = hidden.flatten(0, 1)                                        # (B L, d)
-    largest, total, weighted = h.new_full((len(h), 1), -torch.inf, dtype=E.dtype), 0.0, 0.0
-    step = max(1, SLICE // len(h))
-    for W, b, rows in zip(head.weight.split(step), head.bias.split(step), E.split(step)):
-        logits = cap(F.linear(h, W, b).to(E.dtype), head.softcap)   # (B L, step)
-        before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
-        p, shrink = (logits - largest).exp_(), (before - largest).exp()
-        total = total * shrink + p.sum(-1, keepdim=True)
-        weighted = weighted * shrink + (p @ rows).to(E.dtype)
-    return (weighted / total).unflatten(0, hidden.shape[:2])

@@ -1,9 +1,8 @@
 """Checkpoints and logs: what a run leaves on disk, and how a network comes back from it.
 
 train.py and distill.py say what a checkpoint holds: all that a run needs to go on, and all that
-sampling needs, the tokenizer included. It is written beside the old one and moved over it, so a
-crash at any moment leaves the last good one. Its seed and step are the state of every generator and
-the place in the data, since all of those are functions of the two (lib/machine.py).
+sampling needs, the tokenizer included. Seed and step stand for the state of every generator and the
+place in the data, which are functions of the two (lib/machine.py).
 """
 
 import itertools
@@ -29,9 +28,8 @@ from model import FlowTransformer, ModelConfig
 # ------------------------------------------------------------------------------ files
 
 def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write atomically: `write` fills a new file, which then replaces the one at `path` (where that
-    is a link, the one it leads to). Exits, the old file as it was, when the disk is full or
-    anything else is in the way."""
+    """Write atomically: `write` fills a new file beside `path` (where that is a link, beside what it
+    leads to), which then replaces it. A crash or a full disk leaves the old file; exits then."""
     require_writable(path)
     target = path.resolve()
     part = target.with_name(target.name + ".tmp")
@@ -147,27 +145,6 @@ def read_tensors(path: Path | str, trust: bool) -> dict:
     from lib import released
     return torch.load(path, map_location="cpu", weights_only=False,
                       pickle_module=released.only_torch)
-
-
-def find_checkpoint(out_dir: Path, model: str, init_from: str = "", trust: bool = False) -> dict:
-    """The checkpoint file init_from if named; else the flow map in out_dir, else the flow, saying
-    so. model = "fmlm" or "flm" asks for that kind."""
-    require_choice("model", model, ("auto", "flm", "fmlm"))
-    if init_from:
-        checkpoint = load_checkpoint(init_from, "" if model == "auto" else model, trust)
-        if checkpoint["kind"] not in KINDS:
-            fail(f"{init_from} is a baseline ({checkpoint['kind']}), which sample.py would read as "
-                 f"a flow; eval/evaluate.py samples it")
-        return checkpoint
-    flow, flow_map = out_dir / "flm.pt", out_dir / "fmlm.pt"
-    both = flow.exists() and flow_map.exists()
-    if model == "auto" and flow.exists() and not both:
-        print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens of "
-              f"steps", file=sys.stderr)
-        return load_checkpoint(flow, "flm")
-    if model != "flm" and both and flow.stat().st_mtime > flow_map.stat().st_mtime:
-        print(f"{flow} is newer than {flow_map}: run distill.py for its flow map", file=sys.stderr)
-    return load_checkpoint(flow, "flm") if model == "flm" else load_checkpoint(flow_map, "fmlm")
 
 
 def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **changes

@@ -31,8 +31,7 @@ class Machine:
     def __init__(self, device: str, dtype: str, retain: bool = True):
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         local = os.environ.get("LOCAL_RANK", rank)
-        numbers = all(text.isdecimal() for text in (rank, world, local))
-        if not numbers or int(rank) >= int(world):
+        if not all(map(str.isdecimal, (rank, world, local))) or int(rank) >= int(world):
             fail(f"RANK={rank}, LOCAL_RANK={local} and WORLD_SIZE={world} make no sense; start the "
                  f"processes with torchrun, or unset all three")
         self.rank, self.world, self.main = int(rank), int(world), int(rank) == 0
@@ -55,15 +54,13 @@ class Machine:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
 
     def autocast(self):
-        return torch.autocast(self.device.type, getattr(torch, self.dtype),
-                              enabled=self.dtype != "float32")
+        dtype = getattr(torch, self.dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def put(self, array: np.ndarray | Tensor) -> Tensor:
         """To the device, without waiting for it."""
-        tensor = torch.as_tensor(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        tensor, cuda = torch.as_tensor(array), self.device.type == "cuda"
+        return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes. Exits when another process has gone."""
@@ -96,8 +93,7 @@ def find_device(name: str, local_rank: int, world: int) -> torch.device:
     if name.startswith("cuda:") and world > 1:
         fail(f"device={name} would put all processes on one GPU; use --device=cuda")
     if name == "cuda" and world > 1:
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
+        if local_rank >= (gpus := torch.cuda.device_count()):
             fail(f"process {local_rank} of this machine has no GPU of its own: it sees {gpus}; "
                  f"start one process for each GPU")
         name = f"cuda:{local_rank}"
@@ -113,8 +109,7 @@ def find_device(name: str, local_rank: int, world: int) -> torch.device:
 
 
 def with_float64(device: str) -> str:
-    """The setting `device` of a program that draws tokens, which takes float64: "auto" passes over
-    Apple GPUs, which have none. Exits for "mps"."""
+    """The setting `device` where tokens are drawn, in float64: "auto" passes over Apple GPUs."""
     if device == "mps":
         fail("device=mps: drawing tokens takes float64, which Apple GPUs lack; use --device=cpu")
     return "cpu" if device == "auto" and not torch.cuda.is_available() else device
@@ -123,8 +118,7 @@ def with_float64(device: str) -> str:
 def fast_dtype(device_type: str) -> str:
     """The fastest dtype that the hardware multiplies."""
     if device_type == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if supported else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     cpu = torch.cpu
     if device_type == "cpu" and (cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()):
         return "bfloat16"
@@ -152,7 +146,7 @@ def processor() -> str:
 
 # Random streams: the second component of every seed.
 VAL_TIMES, VAL_NOISE, TIMES, DROPOUT, NOISE = 2, 3, 4, 5, 6
-SAMPLE_NOISE, SAMPLE_DRAWS, BOUND_NOISE = 7, 9, 10
+SAMPLE_NOISE, BOUND_NOISE = 7, 10
 
 
 def mix(*numbers: int) -> int:
@@ -173,8 +167,8 @@ def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Genera
 # ------------------------------------------------------------------------------ the run
 
 class Progress:
-    """Speed, time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and a checkpoint
-    be written. A second Ctrl-C ends at once, but not under torchrun, which repeats the first."""
+    """Speed, time left, and the interrupt: Ctrl-C or SIGTERM lets the step finish and be saved. A
+    second Ctrl-C ends at once, but not under torchrun, which repeats the first."""
 
     def __init__(self, step: int, max_iters: int, tokens_per_step: int):
         self.max_iters, self.tokens_per_step = max_iters, tokens_per_step

@@ -3,9 +3,8 @@ teacher of distill.py.
 
 PyTorch Lightning wrote their files. `state_dict` holds the trained weights under their network's
 names (with `_orig_mod.` in them where it was compiled), `ema.shadow_params` the moving average, a
-list in the same order. They evaluate the moving average, and it is what is read here. The shapes
-tell everything about the network but the soft caps, which all of theirs have, and the number of
-tokens in a text. The vocabulary is not in the file either.
+list in the same order, which they evaluate and which is read here. The shapes tell all about the
+network but the soft caps, which all of theirs have, and the length; there is no vocabulary.
 """
 
 import collections

@@ -134,23 +134,12 @@ def require_trainable(settings: dict) -> None:
              f"min_lr={settings['min_lr']}; lower min_lr, or set schedule=constant")
 
 
-def parse_steps(text: str) -> list[int]:
-    """"1,2,4" -> [1, 2, 4]; exits unless all are integers from 1 to a million."""
+def parse_numbers(name: str, text: str, kind: type, example: str) -> list:
+    """"1,2,4" -> [1, 2, 4]. Exits unless all are of that kind, positive and at most a million."""
     try:
-        steps = [int(word) for word in text.split(",")]
+        values = [kind(word) for word in text.split(",")]
     except ValueError:
-        steps = [0]
-    if min(steps) < 1 or max(steps) > 1_000_000:
-        fail(f"steps={text}: expected numbers from 1 to 1,000,000, such as 1 or 1,2,4,8")
-    return steps
-
-
-def parse_positive(name: str, words: list[str], example: str) -> list[float]:
-    """The numbers that setting `name` lists, sorted; exits unless all are positive and finite."""
-    try:
-        values = sorted(float(word) for word in words)
-    except ValueError:
-        values = [0.0]
-    if not all(0 < value < math.inf for value in values):
-        fail(f"{name}={','.join(words)}: expected positive numbers such as {example}")
+        values = [0]
+    if not all(0 < value <= 1_000_000 for value in values):
+        fail(f"{name}={text}: expected numbers up to 1,000,000, such as {example}")
     return values

@@ -1,5 +1,5 @@
-"""Every test: the repository root on the path, no network, one thread, the same random numbers; and a toy run for those
-that ask."""
+"""Every test: the top folder on the path, no network, one thread, the same random numbers. And a
+toy run for those that ask."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # a thread each: files of tests run side by side
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # files of tests run side by side
 
-import torch  # noqa: E402  (after the path and the environment)
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +20,15 @@ def undisturbed_by_other_tests():
     torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():  # the programs, when they run in this process, install their own
+    for number, handler in handlers.items():  # programs run in this process install their own
         signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A folder with the toy set in data/, and in out/ a flow and a flow map trained on it for six steps; the settings of
-    both, and what train.py and distill.py printed. Nobody may write there."""
+    """A folder with the toy set in data/ and, in out/, a flow and a flow map trained on it for six
+    steps; the settings of both; what train.py and distill.py printed. Tests must not write there.
+    """
     import programs
     folder = tmp_path_factory.mktemp("toy")
     programs.write_toy(folder / "data")

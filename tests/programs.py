@@ -1,4 +1,4 @@
-"""What the tests of the programs share: how to run one, how to read what it left, and a toy set to run it on."""
+"""What tests of the programs share: running one, reading what it left, and a toy set."""
 
 import json
 import multiprocessing
@@ -18,30 +18,33 @@ from conftest import ROOT
 
 from data import corpus, tokenizer
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_time=8", "--block_size=8", "--batch_size=8"]
-QUICK = ["--max_iters=6", "--eval_interval=3", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--dtype=float32"]
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_time=8", "--block_size=8",
+        "--batch_size=8"]
+QUICK = ["--max_iters=6", "--eval_interval=3", "--eval_iters=2", "--log_interval=1",
+         "--device=cpu", "--dtype=float32"]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 TWO = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 
 
 def start(*command, launcher=(sys.executable,)):
-    """A program, running as a user would start it: by Python or by torchrun."""
-    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    """Start a program as a user would, with Python or torchrun."""
+    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def run(*command, status=0, launcher=(sys.executable,)):
-    """stdout of a program, which must end with this status, or stderr when that is not 0."""
+    """stdout of a program, which must end with this status; stderr when that is not 0."""
     process = start(*command, launcher=launcher)
     out, err = process.communicate(timeout=120)
     assert process.returncode == status, out + err
     return out if status == 0 else err.strip()
 
 
-# The same without the seconds in which Python and PyTorch start: a process forked off one that has imported PyTorch.
-# There are dozens of runs in these tests.
+# Starting Python and PyTorch takes seconds, and there are dozens of runs. These fork instead, from
+# a process that has imported PyTorch.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "numpy", "tiktoken", "pytest"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "numpy", "tiktoken",
+                               "pytest"])
 
 
 def become(words, environment, output):
@@ -56,14 +59,16 @@ def become(words, environment, output):
 
 
 class Fork:
-    """A program in one or more such processes, which torchrun's variables make one run."""
+    """A program in one or more forked processes, made one run by torchrun's variables."""
 
     def __init__(self, *command, processes=1):
         self.output = Path(tempfile.mkdtemp())
-        group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=str(free_port()))
         words = [str(word) for word in command]
         self.processes = [SERVER.Process(target=become, args=(
-            words, dict(group, RANK=str(rank), LOCAL_RANK=str(rank)), self.output / str(rank))) for rank in range(processes)]
+            words, dict(group, RANK=str(rank), LOCAL_RANK=str(rank)), self.output / str(rank)))
+            for rank in range(processes)]
         for process in self.processes:
             process.start()
 
@@ -75,10 +80,11 @@ class Fork:
             os.kill(process.pid, number)
 
     def end(self):
-        """Exit statuses, and all that was said on stdout and on stderr."""
+        """Wait. Exit statuses, and all that was written to stdout and to stderr."""
         for process in self.processes:
             process.join(120)
-        out, err = ("".join(path.read_text() for path in sorted(self.output.glob(f"*.{name}"))) for name in ("out", "err"))
+        out, err = ("".join(path.read_text() for path in sorted(self.output.glob(f"*.{name}")))
+                    for name in ("out", "err"))
         shutil.rmtree(self.output)
         return [process.exitcode for process in self.processes], out, err
 
@@ -90,29 +96,29 @@ def free_port():
 
 
 def quick_run(*command, status=0, processes=1):
-    """As `run`, by `Fork`."""
+    """`run` by `Fork`."""
     statuses, out, err = Fork(*command, processes=processes).end()
     assert statuses == [status] * processes, out + err
     return out if status == 0 else err.strip()
 
 
 def inside(monkeypatch, *command):
-    """A script in this process, where what it uses can be watched or replaced: its globals at the end."""
+    """Run a program in this process, where its parts can be watched or replaced; its globals."""
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     monkeypatch.chdir(ROOT)
     return runpy.run_path(command[0], run_name="__main__")
 
 
 def mistake(monkeypatch, *command):
-    """What a script's error says. Run in this process: starting PyTorch anew for each of them would take minutes. Any
-    exception but the error of one line fails the test, as it would show a user a traceback."""
+    """The error a program ends with. It runs in this process, since starting PyTorch for each would
+    take minutes. Any other exception fails the test: a user would see a traceback."""
     with pytest.raises(SystemExit) as stopped:
         inside(monkeypatch, *command)
     return stopped.value.code  # sys.exit(text) prints the text on stderr and ends with status 1
 
 
 def write_set(folder: Path, text: str):
-    """A set of `text` in characters, its first 400 also held out."""
+    """A set of `text` in characters, the first 400 also held out."""
     encoding = tokenizer.char_encoding(text, "toy")
     ids = np.array(encoding.encode(text))
     corpus.write_bins(folder, encoding, [ids], [ids[:400]], None)
@@ -128,7 +134,7 @@ def log(path):
 
 
 def same(a, b):
-    """Equal to the bit, tensors in nested dicts and lists included."""
+    """Equal to the bit, also tensors in nested dicts and lists."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

@@ -1,7 +1,8 @@
 """python -m pytest tests/test_fuzz.py
 
-What the readers of settings and of checkpoints, and the writers of files, do with anything at all: an answer or one
-line, never a traceback, half a file or another checkpoint than the one saved. The examples are the same in every run.
+Random settings, files and disks that fail. The readers of settings and checkpoints and the writers
+of files give an answer or an error of one line: never a traceback, half a file, or another
+checkpoint than the one saved. Every run tries the same examples.
 """
 
 import copy
@@ -19,36 +20,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from common import configure
 from data import tokenizer
+from lib.checkpoint import load_checkpoint, save_checkpoint, write_lines
+from lib.settings import configure
 from model import FlowTransformer, ModelConfig
-from storage import load_checkpoint, save_checkpoint, write_lines
-from training import make_optimizers
 
-settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, max_examples=60)
+settings.register_profile("reproducible", derandomize=True, database=None, deadline=None,
+                          max_examples=60)
 settings.load_profile("reproducible")
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
+# ------------------------------------------------------------------------------ command line
 
-# ---------------------------------------------------------------- settings: anything on the command line
-
-SCRIPT = dict(__doc__="A script.", __file__=__file__, __name__="__main__", _own=1, Path=Path, LIMIT=3,
-              compile=False, steps=1000, learning_rate=2e-3, out_dir="out/toy")
+SCRIPT = dict(__doc__="A script.", __file__=__file__, __name__="__main__", _own=1, Path=Path,
+              LIMIT=3, compile=False, steps=1000, learning_rate=2e-3, out_dir="out/toy")
 DEFAULTS = {key: SCRIPT[key] for key in ("compile", "steps", "learning_rate", "out_dir")}
 VALUES = dict(compile=st.booleans(), steps=st.integers(-2 ** 62, 2 ** 62), out_dir=st.text(),
               learning_rate=st.floats(allow_nan=False, allow_infinity=False))
 some_settings = st.fixed_dictionaries({}, optional=VALUES)
-ODD = ["", "nan", "-inf", "1e999", "9" * 5000, "a\nb", "c\r\u2028d", "\udcff", "--", "-", ".", "\0"]
+ODD = ["", "nan", "-inf", "1e999", "9" * 5000, "a\nb", "c\r\u2028d", "\udcff", "--", "-", ".",
+       "\0"]
 keys = st.sampled_from([*DEFAULTS] * 9 + [*SCRIPT] + ODD + ["step", "Steps", "out-dir"])
-values = st.one_of(st.sampled_from(ODD), st.sampled_from(["true", "False", "1"]), st.integers().map(str),
+values = st.one_of(st.sampled_from([*ODD, "true", "False", "1"]), st.integers().map(str),
                    st.floats().map(str), st.text())
 arguments = st.one_of(st.builds("--{}={}".format, keys, values).map(lambda word: [word]),
-                      st.tuples(keys.map("--{}".format), values).map(list), keys.map(lambda key: [f"--{key}"]))
+                      st.tuples(keys.map("--{}".format), values).map(list),
+                      keys.map(lambda key: [f"--{key}"]))
 help_words = "-h", "--help"  # print and exit well
 
 
@@ -57,20 +60,23 @@ def in_words(good):
 
 
 def one_line(stopped):
-    """Whether a program ended as `common.fail` ends it."""
-    message = stopped.code
-    return isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1
+    """Whether a program ended as settings.fail ends it."""
+    words = stopped.code
+    return isinstance(words, str) and words.startswith("error: ") and len(words.splitlines()) == 1
 
 
 def check_settings(argv):
-    """configure answers with settings of the defaults' names and types, which this returns, or exits with one line."""
+    """configure returns settings of the defaults' names and types, as this does, or exits with one
+    line."""
     script, found = SCRIPT.copy(), {}
     try:
         found = configure(script, argv)
     except SystemExit as stopped:
         assert one_line(stopped), stopped.code
     else:
-        assert [(key, type(value)) for key, value in found.items()] == [(k, type(v)) for k, v in DEFAULTS.items()]
+        kinds, wanted = ([(key, type(value)) for key, value in values.items()]
+                         for values in (found, DEFAULTS))
+        assert kinds == wanted
         assert math.isfinite(found["learning_rate"])
     assert script == SCRIPT
     return found
@@ -89,22 +95,22 @@ def test_any_command_line_gives_settings_or_one_line(good, rest):
 
 @given(good=some_settings, one_word=st.booleans())
 def test_settings_on_the_command_line_are_read_back(good, one_word):
-    """From one word or two: the second must not look like another setting. A truth alone is true."""
-    good = {key: value for key, value in good.items() if one_word or not str(value).startswith("--")}
-    words = in_words(good) if one_word else sum(([f"--{key}", str(value)] for key, value in good.items()), [])
+    """From one word or two, where the second must not look like a setting. --key alone is true."""
+    good = {k: value for k, value in good.items() if one_word or not str(value).startswith("--")}
+    words = in_words(good) if one_word else sum(([f"--{k}", str(v)] for k, v in good.items()), [])
     assert configure(SCRIPT, words) == DEFAULTS | good
     assert configure(SCRIPT, words + ["--compile"]) == DEFAULTS | good | dict(compile=True)
 
-
-# ---------------------------------------------------------------- settings: anything in a config file
+# ------------------------------------------------------------------------------ config file
 
 expressions = st.one_of(*VALUES.values()).map(repr) | st.sampled_from([
-    "None", "[1]", "{}", "object()", "print", "steps", "10 ** 400", "-10 ** 5000", "1e999", "1e999 * 0", "'a\\nb'",
-    "'\\udcff'", "b''"])
-statements = st.builds("{} = {}".format, st.sampled_from([*DEFAULTS] * 3 + ["_own", "stepz", "__file__"]),
-                       expressions) | st.sampled_from([
-    "import math", "from pathlib import Path", "def f():\n    pass", "# words", "", "(", "1 / 0", "  x", "steps += 1",
-    "del steps", "raise ValueError('a\\nb')", "raise SystemExit", "raise SystemExit('a\\nb')", "globals().clear()"])
+    "None", "[1]", "{}", "object()", "print", "steps", "10 ** 400", "-10 ** 5000", "1e999",
+    "1e999 * 0", "'a\\nb'", "'\\udcff'", "b''"])
+assigned_keys = st.sampled_from([*DEFAULTS] * 3 + ["_own", "stepz", "__file__"])
+statements = st.builds("{} = {}".format, assigned_keys, expressions) | st.sampled_from([
+    "import math", "from pathlib import Path", "def f():\n    pass", "# words", "", "(", "1 / 0",
+    "  x", "steps += 1", "del steps", "raise ValueError('a\\nb')", "raise SystemExit",
+    "raise SystemExit('a\\nb')", "globals().clear()"])
 
 
 def in_lines(good):
@@ -122,11 +128,12 @@ def config(tmp_path_factory):
 @example(good={}, rest=["compile = 10 ** 5000"])
 @example(good={}, rest=["steps = print"])
 def test_any_config_file_gives_settings_or_one_line(config, good, rest):
-    """And the settings are what the file assigns, but for text, which may be a number or a truth in words."""
+    """The settings are what the file assigns, but text may spell a number, true or false."""
     config.write_text("\n".join(in_lines(good) + rest), encoding="utf-8")
     found = check_settings([str(config)])
     assigned = runpy.run_path(str(config)) if found else {}
-    assert all(found[key] == assigned[key] or type(assigned[key]) is str for key in found if key in assigned)
+    assert all(found[key] == assigned[key] or type(assigned[key]) is str
+               for key in found if key in assigned)
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
@@ -142,21 +149,21 @@ def test_settings_in_a_config_file_are_read_back(config, good):
     config.write_text("\n".join(["import math", *in_lines(good)]), encoding="utf-8")
     assert configure(SCRIPT, [str(config)]) == DEFAULTS | good
 
-
-# ---------------------------------------------------------------- checkpoints: damage
+# ------------------------------------------------------------------------------ checkpoints
 
 def small_checkpoint(seed):
-    """All that storage.save_run writes, for the smallest network, after one step."""
+    """All that train.py writes, for the smallest network, after one step."""
     torch.manual_seed(seed)
     shape = ModelConfig(5, 4, n_layer=1, n_head=1, n_embd=2, n_time=1)
     model = FlowTransformer(shape)
-    optimizers = make_optimizers(model, "adamw", 1e-3, (0.9, 0.99), 0.0, "float32")
+    optimizer = torch.optim.AdamW(model.parameters())
     model.head(model(torch.randn(1, 4, 2), torch.rand(1))).sum().backward()
-    optimizers[0].step()
+    optimizer.step()
     return dict(format="flm-1", kind="flm", model_config=asdict(shape), model=model.state_dict(),
-                ema=copy.deepcopy(model).state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler={},
-                clock_embedding_share=0.0, settings=dict(seed=seed), step=1,
-                tokenizer=tokenizer.to_dict(tokenizer.char_encoding("abcde", "five")), vocabulary="0123456789ab")
+                ema=copy.deepcopy(model).state_dict(), optimizers=[optimizer.state_dict()],
+                scaler={}, clock_embedding_share=0.0, settings=dict(seed=seed), step=1,
+                train_tokens=2000, vocabulary="0123456789ab",
+                tokenizer=tokenizer.to_dict(tokenizer.char_encoding("abcde", "five")))
 
 
 def identical(a, b):
@@ -173,7 +180,7 @@ def identical(a, b):
 
 
 def check_reading(path, saved=None):
-    """load_checkpoint gives what was saved, or exits with one line; either way it leaves the folder as it was."""
+    """load_checkpoint returns what was saved or exits with one line, and changes no file."""
     before = contents(path.parent)
     try:
         found = load_checkpoint(path)
@@ -214,9 +221,10 @@ def lengthen(whole, tail):
 
 
 places = st.integers(0, 2 ** 20)
-damages = st.one_of(st.tuples(st.just(flip), st.lists(st.tuples(places, st.integers(0, 7)), min_size=1, max_size=8)),
+bits = st.lists(st.tuples(places, st.integers(0, 7)), min_size=1, max_size=8)
+damages = st.one_of(st.tuples(st.just(flip), bits), st.tuples(st.just(cut), places),
                     st.tuples(st.just(blank), st.tuples(places, st.integers(1, 2000))),
-                    st.tuples(st.just(cut), places), st.tuples(st.just(lengthen), st.binary(min_size=1)))
+                    st.tuples(st.just(lengthen), st.binary(min_size=1)))
 
 
 @settings(max_examples=400)
@@ -229,15 +237,16 @@ def test_a_damaged_checkpoint_is_refused_or_unharmed(saved, damage):
 
 
 def test_no_bit_of_a_directory_entry_changes_a_weight(saved):
-    """All bits of one: the directory at the end of a zip file is where a checksum does not look."""
+    """All bits of one entry: no checksum covers the directory at the end of a zip file."""
     checkpoint, whole, path = saved
-    entry = whole.rindex(b"archive/data/0") - 46                                # its fixed part comes before the name
+    entry = whole.rindex(b"archive/data/0") - 46  # its fixed part comes before the name
     for place, bit in itertools.product(range(entry, entry + 46), range(8)):
         path.write_bytes(flip(whole, [(place, bit)]))
         check_reading(path, checkpoint)
 
 
-members = st.dictionaries(st.sampled_from(["data.pkl", "version", "byteorder", "data/0"]), st.binary(max_size=20))
+members = st.dictionaries(st.sampled_from(["data.pkl", "version", "byteorder", "data/0"]),
+                          st.binary(max_size=20))
 
 
 def zipped(members):
@@ -254,14 +263,15 @@ def stored(value):
     return file.getvalue()
 
 
-plain = st.recursive(st.none() | st.integers() | st.text() | st.sampled_from(["flm-0", "fmlm"]), lambda inner: st.lists(
-    inner, max_size=3) | st.dictionaries(st.sampled_from(["format", "kind", "state_dict", "ema", "step"]), inner))
+entries = st.sampled_from(["format", "kind", "state_dict", "ema", "step"])
+plain = st.recursive(st.none() | st.integers() | st.text() | st.sampled_from(["flm-0", "fmlm"]),
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(entries, inner))
 
 
 @settings(max_examples=200)
 @given(content=st.binary() | members.map(zipped) | plain.map(stored) | plain.map(pickle.dumps))
 def test_another_file_is_no_checkpoint(saved, content):
-    """Bytes, other zip files, other things that torch.save or pickle wrote."""
+    """Bytes, other zip files, other things written by torch.save or pickle."""
     *_, path = saved
     path.write_bytes(content)
     check_reading(path)
@@ -277,22 +287,23 @@ class Mischief:
         return self.call, (self.argument,)
 
 
-@pytest.mark.parametrize("call, argument", [(os.system, "echo > {}"), (os.mkdir, "{}"), (eval, "open({!r}, 'w')")])
-@pytest.mark.parametrize("write", [torch.save, pickle.dump,
-                                   functools.partial(torch.save, _use_new_zipfile_serialization=False)])
+@pytest.mark.parametrize("call, argument", [
+    (os.system, "echo > {}"), (os.mkdir, "{}"), (eval, "open({!r}, 'w')")])
+@pytest.mark.parametrize("write", [
+    torch.save, pickle.dump, functools.partial(torch.save, _use_new_zipfile_serialization=False)])
 def test_a_checkpoint_cannot_run_a_program(tmp_path, call, argument, write):
     made, path = tmp_path / "made", tmp_path / "flm.pt"
     with open(path, "wb") as file:
-        write(small_checkpoint(1) | dict(settings=Mischief(call, argument.format(str(made)))), file)
+        mischief = Mischief(call, argument.format(str(made)))
+        write(small_checkpoint(1) | dict(settings=mischief), file)
     check_reading(path)
     assert not made.exists()
 
-
-# ---------------------------------------------------------------- files: a disk that fails
+# ------------------------------------------------------------------------------ full disk
 
 @contextmanager
 def room_for(n):
-    """No file may grow past n bytes: a write that would fails as on a full disk."""
+    """Writing a file past n bytes fails, as on a full disk."""
     resource = pytest.importorskip("resource", reason="limits on files need POSIX")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
@@ -306,10 +317,11 @@ CHECKPOINTS = small_checkpoint(1), small_checkpoint(2)
 RECORDS = [[dict(step=step, text="añ\n" * k) for step in range(40)] for k in (20, 30)]
 
 
-@pytest.mark.parametrize("write, old, new", [(save_checkpoint, *CHECKPOINTS), (write_lines, *RECORDS)])
+@pytest.mark.parametrize("write, old, new", [
+    (save_checkpoint, *CHECKPOINTS), (write_lines, *RECORDS)])
 @given(room=st.floats(0, 1.5))
 def test_a_failed_write_leaves_the_old_file(tmp_path_factory, write, old, new, room):
-    """Exactly when there is no room for the new one; and it leaves nothing else."""
+    """A write fails exactly when there is no room for the new file, and leaves nothing else."""
     folder = tmp_path_factory.mktemp("full")
     path = folder / "file.pt"
     write(path, new)

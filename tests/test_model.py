@@ -1,8 +1,7 @@
 """python -m pytest tests/test_model.py
 
-model.py: every attention path gives the same values, the options do what they say, and the network starts as promised.
-That it computes what the authors' network computes is in test_released.py.
-"""
+model.py: every attention path gives the same values, the options do what they say, the network
+starts as promised. test_released.py compares it with the authors' network."""
 
 import copy
 import math
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from flow import latent_noise
+from lib.machine import generator
 from model import FlowTransformer, ModelConfig, attend, cap, rotary_table, rotate
 
 SMALL = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8, n_time=8, dropout=0.0)
@@ -24,8 +24,6 @@ def network(randomised=True, **changes):
             torch.nn.init.normal_(p, std=0.4)
     return model
 
-
-# ---------------------------------------------------------------- attention
 
 def qkv():
     return [5 * torch.randn(2, 3, 7, 4) for _ in range(3)]
@@ -44,7 +42,8 @@ def by_hand(q, k, v, softcap):
     return out
 
 
-@pytest.mark.parametrize("path, softcap", [("sdpa", 0), ("math", 0), ("auto", 0), ("math", 3), ("auto", 3)])
+@pytest.mark.parametrize("path, softcap", [("sdpa", 0), ("math", 0), ("auto", 0), ("math", 3),
+                                           ("auto", 3)])
 def test_attention_paths_agree(path, softcap):
     q, k, v = qkv()
     assert torch.allclose(attend(q, k, v, softcap, path), by_hand(q, k, v, softcap), atol=1e-5)
@@ -73,15 +72,14 @@ def test_cap():
 
 def test_forward_mode_passes_through_the_math_path():
     model = network(flow_map=True, attention_softcap=50.0, time_scale=1.0).double()
-    z, tau, tau_t, eps = torch.randn(2, 6, 8).double(), torch.tensor([0.1, 0.5]).double(), torch.tensor([0.7, 0.8]).double(), 1e-5
+    inputs = torch.randn(2, 6, 8).double(), *torch.tensor([[0.1, 0.5], [0.7, 0.8]]).double()
     run = lambda z, tau, tau_t: model(z, tau, tau_t, attention="math")
-    directions = torch.randn_like(z), torch.ones_like(tau), 2 * torch.ones_like(tau)
-    _, tangent = torch.func.jvp(run, (z, tau, tau_t), directions)
-    ahead, behind = (run(*(x + sign * eps * dx for x, dx in zip((z, tau, tau_t), directions))) for sign in (1, -1))
+    along, eps = (torch.randn(2, 6, 8).double(), *torch.tensor([[1, 1], [2, 2]]).double()), 1e-5
+    _, tangent = torch.func.jvp(run, inputs, along)
+    ahead, behind = (run(*(x + sign * eps * dx for x, dx in zip(inputs, along)))
+                     for sign in (1, -1))
     assert torch.allclose(tangent, (ahead - behind) / (2 * eps), atol=1e-6)
 
-
-# ---------------------------------------------------------------- positions and times
 
 def test_rotary_depends_on_distance_only():
     cos, sin = rotary_table(20, 8, torch.device("cpu"))
@@ -96,7 +94,7 @@ def test_rotary_depends_on_distance_only():
 
 
 def test_without_learned_positions_the_network_cannot_tell_them_apart():
-    """The same vector everywhere comes out the same everywhere, so pure noise has no first token."""
+    """The same vector everywhere comes out the same everywhere: noise has no first token."""
     z, tau = torch.randn(1, 1, 8).expand(1, 6, 8), torch.tensor([0.3])
     for learned, same in ((False, True), (True, False)):
         h = network(learned_positions=learned)(z, tau)
@@ -109,16 +107,15 @@ def test_time_features():
     seen = []
     embedding.fc1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     embedding(torch.tensor([0.25]))
-    frequencies = 10_000.0 ** (-torch.arange(128) / 128)
-    assert torch.allclose(seen[0][0], torch.cat([(250 * frequencies).cos(), (250 * frequencies).sin()]), atol=1e-4)
+    phases = 250 * 10_000.0 ** (-torch.arange(128) / 128)
+    assert torch.allclose(seen[0][0], torch.cat([phases.cos(), phases.sin()]), atol=1e-4)
 
 
 def test_the_time_moves_the_output():
     model, z = network(), torch.randn(1, 6, 8)
-    assert not torch.allclose(model(z, torch.tensor([0.1])), model(z, torch.tensor([0.2])), atol=1e-3)
+    early, late = (model(z, torch.tensor([tau])) for tau in (0.1, 0.2))
+    assert not torch.allclose(early, late, atol=1e-3)
 
-
-# ---------------------------------------------------------------- the start
 
 def test_starts_as_a_uniform_guess():
     model = network(randomised=False)
@@ -128,7 +125,7 @@ def test_starts_as_a_uniform_guess():
 
 def test_noise_starts_near_unit_variance():
     model = network(randomised=False, vocab_size=3000, n_embd=64)
-    z0 = latent_noise(model.embed.weight, None, lambda n: torch.randn(4, 6, n))
+    z0 = latent_noise(model.embed.weight, (4, 6), generator(0))
     assert z0.std().item() == pytest.approx(1, abs=0.1)
 
 
@@ -142,7 +139,7 @@ def test_flow_map_starts_as_the_flow():
 
 
 def test_parameter_count_of_the_published_size():
-    """About 170 M with V = 50257: the arithmetic of the shapes, no weights are allocated."""
+    """About 170 M with V = 50257, by arithmetic on shapes; no weights are allocated."""
     with torch.device("meta"):
         model = FlowTransformer(ModelConfig(50257, 1024, learned_positions=False))
     count = sum(p.numel() for p in model.parameters())
@@ -167,16 +164,17 @@ def test_wrong_inputs():
 def test_dropout_is_on_both_branches_of_a_block_and_only_in_training():
     net = network(n_layer=1, dropout=0.5)
     z, tau, block = torch.randn(1, 6, 8), torch.tensor([0.5]), net.blocks[0]
-    for silent in (block.attn_out, block.mlp_out):                              # so that the other must show it
+    for silent in (block.attn_out, block.mlp_out):                  # only the other can show it
         weights = copy.deepcopy(silent.state_dict())
         for p in silent.parameters():
             torch.nn.init.zeros_(p)
-        assert torch.equal(net.eval()(z, tau), net(z, tau)) and not torch.equal(net.train()(z, tau), net(z, tau))
+        assert torch.equal(net.eval()(z, tau), net(z, tau))
+        assert not torch.equal(net.train()(z, tau), net(z, tau))
         silent.load_state_dict(weights)
 
 
 def test_every_block_begins_as_the_identity():
-    """What is left is a layer norm of the state and its positions, which have the standard deviation asked for."""
+    """A layer norm of the state and its positions is left. Those have the deviation asked for."""
     net, z = network(randomised=False, block_size=600, position_std=0.3), torch.randn(2, 600, 8)
     assert net.positions.std().item() == pytest.approx(0.3, rel=0.1)
     assert torch.equal(net(z, torch.tensor([0.1, 0.9])), F.layer_norm(z + net.positions, (8,)))

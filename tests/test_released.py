@@ -1,8 +1,11 @@
 """python -m pytest tests/test_released.py
 
-The checkpoints the authors released: read, rebuilt, sampled, distilled; and refused when they are not what they should
-be. tests/fixtures holds two tiny ones of our own making in their layout (make_released.py), with what the authors'
-network gives on them by a second, independent program.
+Checkpoints that other programs wrote: read, sampled, distilled, and refused where damaged.
+
+- In the authors' layout: fixtures/released_*.ckpt, two tiny networks with the outputs that a
+  second, independent program computes (make_released.py).
+- By train.py and distill.py of commit bc6711d: fixtures/old, from a few steps on programs.py's toy
+  set. golden.pt holds noise and the tokens that commit decoded from it.
 """
 
 import sys
@@ -11,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from programs import QUICK, log, mistake, quick_run, write_set, write_toy
+from programs import QUICK, inside, log, mistake, quick_run, same, write_set, write_toy
 
-import storage
+import flow
+import flowmap
+from lib import checkpoint as ckpt
 
 OURS = ROOT / "tests" / "fixtures"
 AUTHORS = ROOT.parent / "shared" / "fixtures"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "##s", "on", "a", "mat", "."]  # V = 12
+WORDS = "[PAD] [UNK] [CLS] [SEP] the cat sat ##s on a mat .".split()    # V = 12
 BASE = ["sample.py", "--device=cpu", "--dtype=float32", "--num_samples=3"]
 
 
@@ -39,21 +44,20 @@ def release(path, change):
 
 def log_probs(path, golden):
     """What our network makes of the golden dense state, through z = x E."""
-    checkpoint = storage.load_checkpoint(path)
-    storage.set_length(checkpoint, golden["x"].size(1), str(path))
-    model = storage.build_model(checkpoint, torch.device("cpu"))
+    checkpoint = ckpt.load_checkpoint(path)
+    ckpt.set_length(checkpoint, golden["x"].size(1), str(path))
+    model = ckpt.build_model(checkpoint, torch.device("cpu"))
     hidden = model(golden["x"] @ model.embed.weight, golden["tau_s"], golden["tau_t"])
     return model.head(hidden).log_softmax(-1)
 
-
-# ---------------------------------------------------------------- the numbers
+# ------------------------------------------------------------------------------ the numbers
 
 @pytest.mark.parametrize("kind", ["flm", "fmlm"])
 def test_golden_numbers(kind):
     path = OURS / f"released_{kind}.ckpt"
     golden = torch.load(path)["golden"]
     found = log_probs(path, golden)
-    assert golden["log_probs"].std(1).mean() > 0.5  # it depends on the input, which a constant would not reproduce
+    assert golden["log_probs"].std(1).mean() > 0.5  # they depend on the input
     assert torch.allclose(found, golden["log_probs"], atol=1e-4, rtol=0)
 
 
@@ -72,30 +76,32 @@ def test_compiled_or_not(kind, tmp_path):
     golden = torch.load(OURS / f"released_{kind}.ckpt")["golden"]
     for prefix in ("backbone.", "backbone._orig_mod.", "_orig_mod.backbone."):
         def rename(file):
-            names = [name.replace("_orig_mod.", "").removeprefix("backbone.") for name in file["state_dict"]]
-            file["state_dict"] = dict(zip((prefix + name for name in names), file["state_dict"].values()))
+            file["state_dict"] = {
+                prefix + name.replace("_orig_mod.", "").removeprefix("backbone."): tensor
+                for name, tensor in file["state_dict"].items()}
         path = release(tmp_path / f"{kind}.ckpt", rename)
         assert torch.allclose(log_probs(path, golden), golden["log_probs"], atol=1e-4, rtol=0)
 
 
-def test_other_parts_of_a_run_are_passed_over(tmp_path):
+def test_other_parts_of_a_run_are_ignored(tmp_path):
     """A distillation's file may hold its teacher too."""
     golden = torch.load(OURS / "released_fmlm.ckpt")["golden"]
 
     def add_a_teacher(file):
-        file["state_dict"] |= {f"teacher.{name}": tensor + 1 for name, tensor in file["state_dict"].items()}
+        weights = file["state_dict"]
+        weights |= {f"teacher.{name}": tensor + 1 for name, tensor in weights.items()}
     path = release(tmp_path / "fmlm.ckpt", add_a_teacher)
     assert torch.allclose(log_probs(path, golden), golden["log_probs"], atol=1e-4, rtol=0)
 
 
 def test_network_is_built_from_the_shapes():
     for kind in ("flm", "fmlm"):
-        checkpoint = storage.load_checkpoint(OURS / f"released_{kind}.ckpt")
-        config = checkpoint["model_config"]
-        assert (checkpoint["kind"], config["flow_map"]) == (kind, kind == "fmlm")
-        assert [config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_time")] == [12, 2, 2, 16, 4]
-        assert [config[key] for key in ("time_scale", "attention_softcap", "logit_softcap")] == [1, 50, 30]
-        assert not config["learned_positions"]
+        checkpoint = ckpt.load_checkpoint(OURS / f"released_{kind}.ckpt")
+        expected = dict(vocab_size=12, n_layer=2, n_head=2, n_embd=16, n_time=4, time_scale=1,
+                        attention_softcap=50, logit_softcap=30, learned_positions=False,
+                        flow_map=kind == "fmlm")
+        assert checkpoint["kind"] == kind
+        assert checkpoint["model_config"] == checkpoint["model_config"] | expected
 
 
 @pytest.mark.parametrize("V, length", [(50257, 1024), (30522, 128)])
@@ -106,48 +112,74 @@ def test_length_of_the_published_models(V, length, tmp_path):
         for name, tensor in file["state_dict"].items():
             if tensor.size(0) == 12:
                 file["state_dict"][name] = torch.zeros(V, *tensor.shape[1:])
-        file["ema"]["shadow_params"] = [t.new_zeros(V, *t.shape[1:]) if t.size(0) == 12 else t for t in average]
-    checkpoint = storage.load_checkpoint(release(tmp_path / "flm.ckpt", widen))
+        file["ema"]["shadow_params"] = [t.new_zeros(V, *t.shape[1:]) if t.size(0) == 12 else t
+                                        for t in average]
+    checkpoint = ckpt.load_checkpoint(release(tmp_path / "flm.ckpt", widen))
     assert checkpoint["model_config"]["vocab_size"] == V
-    assert storage.set_length(checkpoint, 0, "x") == length and storage.set_length(checkpoint, 64, "x") == 64
+    assert ckpt.set_length(checkpoint, 0, "x") == length
+    assert ckpt.set_length(checkpoint, 64, "x") == 64
 
+# ------------------------------------------------------------------------------ the programs
 
-# ---------------------------------------------------------------- the programs
-
-def test_sampling(tmp_path, vocabulary, monkeypatch, capsys):
+def test_sampling(tmp_path, vocabulary):
     pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
     for kind, name in (("flm", "FLM"), ("fmlm", "FMLM")):
         out = tmp_path / f"{kind}.jsonl"
-        quick_run(*BASE, f"--init_from={OURS / f'released_{kind}.ckpt'}", f"--vocabulary={vocabulary}", "--block_size=5",
-            "--steps=1,3", f"--out={out}")
+        quick_run(*BASE, f"--init_from={OURS / f'released_{kind}.ckpt'}", "--block_size=5",
+                  f"--vocabulary={vocabulary}", "--steps=1,3", f"--out={out}")
         records = log(out)
         assert [(r["model"], r["steps"]) for r in records] == [(name, 1)] * 3 + [(name, 3)] * 3
-        assert all(set(r["text"].replace(".", " . ").split()) <= {w.lstrip("#") for w in WORDS} | {w + "s" for w in WORDS}
-                   for r in records)
+        known = {word.lstrip("#") for word in WORDS} | {word + "s" for word in WORDS}
+        assert all(set(r["text"].replace(".", " . ").split()) <= known for r in records)
         assert len({r["text"] for r in records}) > 1
 
 
 def test_wordpieces_are_joined(vocabulary):
     pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
-    from released import read_vocabulary
-    ids = [WORDS.index(word) for word in ("[CLS]", "the", "cat", "##s", "sat", ".", "[SEP]")]
+    from lib.released import read_vocabulary
+    ids = [WORDS.index(word) for word in "[CLS] the cat ##s sat . [SEP]".split()]
     assert read_vocabulary(str(vocabulary)).decode(ids) == "[CLS] the cats sat. [SEP]"
 
 
-def test_distilling_a_released_teacher(tmp_path, vocabulary):
-    """distill.py takes the file as its teacher, and the flow map it writes is one of ours, with the set's tokenizer."""
+def test_distilling_a_released_teacher(tmp_path):
+    """Gives a flow map of ours, with the set's tokenizer and the teacher's frozen E."""
     write_set(tmp_path / "data", "abcdefghijkl" * 50)
-    quick_run("distill.py", *QUICK, f"--teacher={OURS / 'released_flm.ckpt'}", "--block_size=5", "--batch_size=8",
-        f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}")
-    checkpoint = storage.load_checkpoint(tmp_path / "out" / "fmlm.pt", "fmlm")
-    released = storage.load_checkpoint(OURS / "released_flm.ckpt")
-    assert torch.equal(checkpoint["model"]["embed.weight"], released["ema"]["embed.weight"])  # E is frozen
-    assert not torch.equal(checkpoint["model"]["head.weight"], released["ema"]["head.weight"])
+    quick_run("distill.py", *QUICK, f"--teacher_path={OURS / 'released_flm.ckpt'}",
+              "--block_size=5", "--batch_size=8", f"--dataset={tmp_path / 'data'}",
+              f"--out_dir={tmp_path / 'out'}")
+    student = ckpt.load_checkpoint(tmp_path / "out" / "fmlm.pt", "fmlm")["model"]
+    teacher = ckpt.load_checkpoint(OURS / "released_flm.ckpt")["ema"]
+    assert torch.equal(student["embed.weight"], teacher["embed.weight"])
+    assert not torch.equal(student["head.weight"], teacher["head.weight"])
     texts = quick_run(*BASE, f"--out_dir={tmp_path / 'out'}", "--steps=1")
     assert "FMLM: 1 network evaluation" in texts
 
+# ------------------------------------------------------------------------------ older files
 
-# ---------------------------------------------------------------- trust
+OLD = OURS / "old"
+
+
+def test_sampling_from_files_of_the_version_before(tmp_path, monkeypatch):
+    out = tmp_path / "texts.jsonl"
+    inside(monkeypatch, *BASE, f"--out_dir={OLD}", "--steps=1,2", "--flow_steps=4", f"--out={out}")
+    records, characters = log(out), set("the cat sat on the mat. a dog ran to the red hut.\n")
+    assert [(r["model"], r["steps"]) for r in records] == [
+        run for run in (("FMLM", 1), ("FMLM", 2), ("FLM", 4)) for _ in range(3)]
+    assert all(len(r["text"]) == 8 and set(r["text"]) <= characters for r in records)
+    assert len({r["text"] for r in records}) > 3
+
+
+@pytest.mark.parametrize("kind", ["flm", "fmlm"])
+def test_the_same_noise_gives_the_texts_of_the_version_before(kind):
+    golden, checkpoint = torch.load(OLD / "golden.pt"), ckpt.load_checkpoint(OLD / f"{kind}.pt")
+    net = ckpt.build_model(checkpoint, torch.device("cpu"))
+    clock = flow.Clock(16, net.config.n_embd, checkpoint["clock_embedding_share"])
+    sample = flow.sample if kind == "flm" else flowmap.sample
+    for steps in (1, 4):
+        tokens = sample(net, clock, golden["z"], steps)
+        assert torch.equal(tokens, golden["tokens"][f"{kind} {steps}"])
+
+# ------------------------------------------------------------------------------ trust
 
 FOREIGN = '''
 class Settings(dict):
@@ -162,7 +194,7 @@ class Weird:
 
 @pytest.fixture
 def with_objects(tmp_path, monkeypatch):
-    """A released file with what Lightning adds: objects of classes that the reader does not have."""
+    """A released file with what Lightning adds: objects whose classes are not installed."""
     (tmp_path / "gone.py").write_text(FOREIGN)
     monkeypatch.syspath_prepend(tmp_path)
     import gone
@@ -178,26 +210,27 @@ def with_objects(tmp_path, monkeypatch):
 
 def test_objects_are_refused(with_objects, monkeypatch, capfd):
     said = mistake(monkeypatch, *BASE, f"--init_from={with_objects}")
-    assert said == (f"error: {with_objects} holds Python objects besides tensors, and to read those can run any program; "
-                    f"if you trust where it comes from, add --trust_checkpoint (sample.py, distill.py, evaluate.py)")
+    assert said == (f"error: {with_objects} holds Python objects besides tensors, and reading "
+                    f"those can run any program; if you trust its origin, add --trust_checkpoint "
+                    f"(sample.py, distill.py, eval/evaluate.py)")
     assert "this ran" not in capfd.readouterr().out
 
 
 def test_trusted_objects_are_left_out(with_objects, capfd):
-    """Neither their classes nor their packages are needed, and not even a trusted file gets to run a program so easily."""
-    checkpoint = storage.load_checkpoint(with_objects, trust=True)
-    plain = storage.load_checkpoint(OURS / "released_fmlm.ckpt")
-    assert all(torch.equal(checkpoint["ema"][name], plain["ema"][name]) for name in plain["ema"])
+    """Their classes and packages are not needed. Even a trusted file does not run this program."""
+    checkpoint = ckpt.load_checkpoint(with_objects, trust=True)
+    plain = ckpt.load_checkpoint(OURS / "released_fmlm.ckpt")
+    assert same(checkpoint["ema"], plain["ema"])
     assert "this ran" not in capfd.readouterr().out
 
 
 def test_trust_checkpoint_is_a_bare_flag(with_objects, vocabulary):
     pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
-    assert "FMLM: 1 network evaluation" in quick_run(*BASE, f"--init_from={with_objects}", f"--vocabulary={vocabulary}",
-                                               "--block_size=5", "--trust_checkpoint", "--steps", 1)
+    said = quick_run(*BASE, f"--init_from={with_objects}", f"--vocabulary={vocabulary}",
+                     "--block_size=5", "--trust_checkpoint", "--steps", 1)
+    assert "FMLM: 1 network evaluation" in said
 
-
-# ---------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------ refusals
 
 def lose_the_average(file):
     del file["ema"]
@@ -209,31 +242,36 @@ def lose_a_weight(file):
 
 def grow_a_weight(file):
     file["state_dict"]["backbone.blocks.0.mlp.0.bias"] = torch.zeros(7)
-    file["ema"]["shadow_params"] = [t for n, t in file["state_dict"].items() if "inv_freq" not in n]
+    file["ema"]["shadow_params"] = [tensor for name, tensor in file["state_dict"].items()
+                                    if "inv_freq" not in name]
+
+
+def round_the_average(file):
+    file["ema"]["shadow_params"] = [tensor.int() for tensor in file["ema"]["shadow_params"]]
 
 
 @pytest.mark.parametrize("change, reason", [
     (lose_the_average, "ValueError: it has no moving average"),
-    (lambda file: file.update(ema={"shadow_params": [t.int() for t in file["ema"]["shadow_params"]]}),
-     "ValueError: its moving average does not hold floating-point numbers"),
+    (round_the_average, "ValueError: its moving average does not hold floating-point numbers"),
     (lose_a_weight, "ValueError: its moving average does not have the shapes of its network"),
     (grow_a_weight, "ValueError: blocks.0.mlp_in.bias does not fit the authors' network"),
     (lambda file: file.update(state_dict={}), "KeyError: 'rotary_emb.inv_freq'")])
 def test_other_networks_are_refused(change, reason, tmp_path, monkeypatch):
     path = release(tmp_path / "flm.ckpt", change)
     assert mistake(monkeypatch, *BASE, f"--init_from={path}") == (
-        f"error: {path} is no checkpoint of train.py or distill.py, nor one the authors released ({reason})")
+        f"error: {path} is no checkpoint of train.py or distill.py, nor one the authors released "
+        f"({reason})")
 
 
-def test_missing_facts_are_asked_for(tmp_path, vocabulary, monkeypatch):
+def test_missing_facts_are_asked_for(vocabulary, monkeypatch):
     path = OURS / "released_fmlm.ckpt"
     command = [*BASE, f"--init_from={path}"]
     assert mistake(monkeypatch, *command) == (
         f"error: {path} does not say how many tokens its texts have; give --block_size")
     command += ["--block_size=5"]
     assert mistake(monkeypatch, *command) == (
-        "error: the checkpoint does not hold its 12 tokens; give --vocabulary=vocab.txt (for LM1B the one of "
-        "bert-base-uncased)")
+        "error: the checkpoint does not hold its 12 tokens; give --vocabulary=vocab.txt (for LM1B "
+        "the one of bert-base-uncased)")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert mistake(monkeypatch, *command, f"--vocabulary={vocabulary}") == (
         "error: --vocabulary needs the package tokenizers; run: pip install tokenizers")
@@ -249,14 +287,18 @@ def test_wrong_vocabularies_are_refused(tmp_path, vocabulary, monkeypatch):
         f"error: {vocabulary} has 5 tokens, the checkpoint 12")
     damaged = tmp_path / "tokenizer.json"
     damaged.write_text("{")
-    assert mistake(monkeypatch, *command, f"--vocabulary={damaged}").startswith(f"error: {damaged} is no vocabulary (")
+    assert mistake(monkeypatch, *command, f"--vocabulary={damaged}").startswith(
+        f"error: {damaged} is no vocabulary (")
 
 
 def test_teachers_of_another_kind_or_vocabulary_are_refused(tmp_path, monkeypatch):
     write_toy(tmp_path / "data")
-    command = ["distill.py", f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path}", "--device=cpu", "--block_size=5"]
+    command = ["distill.py", f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path}",
+               "--device=cpu", "--block_size=5"]
     path = OURS / "released_fmlm.ckpt"
-    assert mistake(monkeypatch, *command, f"--teacher={path}") == (
-        f"error: {path} is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from train.py)")
-    assert mistake(monkeypatch, *command, f"--teacher={OURS / 'released_flm.ckpt'}") == (
-        f"error: {tmp_path / 'data'} has another vocabulary than the checkpoint; train on the set it was trained on")
+    assert mistake(monkeypatch, *command, f"--teacher_path={path}") == (
+        f"error: {path} is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, "
+        f"from train.py)")
+    assert mistake(monkeypatch, *command, f"--teacher_path={OURS / 'released_flm.ckpt'}") == (
+        f"error: {tmp_path / 'data'} has another vocabulary than the checkpoint; train on the set "
+        f"it was trained on")

@@ -1,10 +1,10 @@
 """python -m pytest tests/test_resume.py
 
-Nothing a user does loses work. A run that is killed at any moment, interrupted, or stopped by a full disk goes on from
-its last checkpoint to the very bits of a run that was left alone: weights, moving average, optimizer state and log.
+Nothing a user does loses work. A run that is killed at any moment, interrupted, or stopped by a
+full disk goes on from its last checkpoint to the very bits of a run that was left alone: weights,
+moving average, optimizer state and log.
 """
 
-import errno
 import os
 import random
 import signal
@@ -15,7 +15,8 @@ import pytest
 import torch
 from programs import TINY, TWO, Fork, log, quick_run, same, start
 
-import storage
+from lib import checkpoint as ckpt
+from lib.machine import Machine, Progress
 
 STEPS = ["--max_iters=40", "--eval_interval=20", "--gradient_accumulation_steps=8", "--dropout=0.1"]
 KINDS = {"train.py": "flm", "distill.py": "fmlm"}
@@ -28,8 +29,8 @@ class Run:
         data, common, *_ = toy
         folder.mkdir(exist_ok=True)
         self.path, self.processes = folder / f"{KINDS[script]}.pt", processes
-        self.command = [script, *common, *(TINY if script == "train.py" else ["--batch_size=8"]), f"--out_dir={folder}",
-                        *STEPS]
+        shape = TINY if script == "train.py" else ["--batch_size=8"]
+        self.command = [script, *common, *shape, f"--out_dir={folder}", *STEPS]
         if script == "distill.py":
             (folder / "flm.pt").write_bytes((data / "out" / "flm.pt").read_bytes())
 
@@ -39,9 +40,9 @@ class Run:
 
     def wait_for(self, lines):
         """Until its log has so many lines."""
-        written, start = self.path.with_suffix(".jsonl"), time.monotonic()
+        written, began = self.path.with_suffix(".jsonl"), time.monotonic()
         while not written.exists() or written.read_bytes().count(b"\n") < lines:
-            assert time.monotonic() < start + 60
+            assert time.monotonic() < began + 60
             time.sleep(0.001)
 
 
@@ -50,42 +51,43 @@ def undisturbed(toy, tmp_path_factory):
     """(script, processes) -> checkpoint and log of a run that nobody disturbs; made once."""
     done = {}
 
-    def result(script, processes):
-        if (script, processes) not in done:
-            done[script, processes] = Run(toy, script, processes, tmp_path_factory.mktemp("whole")).to_the_end()
-        return done[script, processes]
+    def result(*key):
+        if key not in done:
+            done[key] = Run(toy, *key, tmp_path_factory.mktemp("whole")).to_the_end()
+        return done[key]
     return result
 
 
 def assert_same_run(found, expected):
     for key in ("model", "ema", "optimizers", "scaler", "step"):
         assert same(found[0][key], expected[0][key]), key
-    assert found[1] == expected[1]  # every record: losses, learning rates, gradient norms, validations
+    assert found[1] == expected[1]  # every record: losses, rates, gradient norms, validations
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", KINDS)
 def test_killed_at_a_random_moment(toy, undisturbed, script, processes, tmp_path):
-    """SIGKILL to every process at some moment after the checkpoint of step 20. Where it falls is left to chance: the
-    outcome must not depend on it. A kill that comes after the last step is no kill, and is tried again."""
+    """SIGKILL to every process at some moment after the checkpoint of step 20. Chance decides
+    where: the outcome must not depend on it. A kill after the last step is tried again."""
     for attempt in range(5):
         disturbed = Run(toy, script, processes, tmp_path / str(attempt))
         running = Fork(*disturbed.command, processes=processes)
         disturbed.wait_for(lines=24)
         time.sleep(0.1 * random.random())
         running.signal(signal.SIGKILL)
-        if running.end()[0] == [-signal.SIGKILL] * processes and torch.load(disturbed.path)["step"] == 20:
+        killed = running.end()[0] == [-signal.SIGKILL] * processes
+        if killed and torch.load(disturbed.path)["step"] == 20:
             break
     assert torch.load(disturbed.path)["step"] == 20
     assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed(script, processes))
 
 
 @pytest.mark.parametrize("script, processes, number", [
-    ("train.py", 1, signal.SIGINT), ("distill.py", 1, signal.SIGTERM), ("train.py", 2, signal.SIGINT),
-    ("train.py", 2, signal.SIGHUP)])
+    ("train.py", 1, signal.SIGINT), ("distill.py", 1, signal.SIGTERM),
+    ("train.py", 2, signal.SIGINT)])
 def test_interrupted(toy, undisturbed, script, processes, number, tmp_path):
-    """Ctrl-C or SIGTERM (of torchrun, where there are several processes) finishes the step, writes a checkpoint, says
-    where, and ends with a status that is not 0."""
+    """Ctrl-C or SIGTERM (of torchrun, where there are several processes) finishes the step, writes
+    a checkpoint, says so, and ends with a status that is not 0."""
     disturbed = Run(toy, script, processes, tmp_path)
     process = start(*disturbed.command, launcher=(sys.executable,) if processes == 1 else TWO)
     disturbed.wait_for(lines=5)
@@ -93,13 +95,26 @@ def test_interrupted(toy, undisturbed, script, processes, number, tmp_path):
     _, err = process.communicate(timeout=60)
     step = torch.load(disturbed.path)["step"]
     assert 0 < step < 40
-    assert f"stopped at step {step}, saved {disturbed.path}; continue with --init_from=resume" in err
+    assert f"stopped at step {step}; continue with --init_from=resume" in err
     assert process.returncode == 130 if processes == 1 else process.returncode != 0
     assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed(script, processes))
 
 
+def test_two_ctrl_c_end_at_once():
+    """The first lets the step finish; a person who insists does not wait for it."""
+    progress = Progress(0, 10, 10)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert progress.interrupted
+    with pytest.raises(SystemExit) as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert stopped.value.code == 130
+
+# ---------------------------------------------------------------- writing
+
 def test_killed_in_the_middle_of_writing(toy, undisturbed, tmp_path):
-    """The second checkpoint is half on the disk when the process dies: the first one is whole, and enough."""
+    """The second checkpoint is half on the disk when the process dies: the first one is whole, and
+    enough."""
     disturbed = Run(toy, "train.py", 1, tmp_path)
     config = tmp_path / "config.py"  # a config file is Python
     config.write_text("""
@@ -124,31 +139,34 @@ _torch.save = _die_in_the_second
 
 
 def test_full_disk(toy, tmp_path):
-    """A real write that fails: the checkpoint before it stays, the error says so, and the run goes on from there."""
+    """A real write that fails: the checkpoint before it stays, the error says so, and the run goes
+    on from there."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full to write to")
     folder, common, *_ = toy
     path = tmp_path / "flm.pt"
     path.write_bytes((folder / "out" / "flm.pt").read_bytes())
     (tmp_path / "flm.pt.tmp").symlink_to("/dev/full")
-    command = ["train.py", *common, *TINY, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=9"]
+    command = ["train.py", *common, *TINY, f"--out_dir={tmp_path}", "--init_from=resume",
+               "--max_iters=9"]
     said = quick_run(*command, status=1)
-    assert said.splitlines()[-1] == f"error: cannot write {path} (No space left on device); what was there is untouched"
+    assert said.splitlines()[-1] == (f"error: cannot write {path} (No space left on device); what "
+                                     f"was there is untouched")
     assert path.read_bytes() == (folder / "out" / "flm.pt").read_bytes()
     quick_run(*command)
     assert torch.load(path)["step"] == 9
 
 
-def test_full_disk_under_the_log(monkeypatch, tmp_path):
+def test_full_disk_under_the_log(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full to write to")
-    from common import Machine
-    record = storage.Log(tmp_path / "flm.pt", Machine("cpu", "float32"), False, 0, "", {})
-    (tmp_path / "flm.jsonl").unlink()
-    (tmp_path / "flm.jsonl").symlink_to("/dev/full")
+    path = tmp_path / "flm.jsonl"
+    record = ckpt.Log(tmp_path / "flm.pt", Machine("cpu", "float32"), False, 0, "", {})
+    path.unlink()
+    path.symlink_to("/dev/full")
     with pytest.raises(SystemExit) as stopped:
         record.write(1, loss=2.0)
-    assert stopped.value.code == (f"error: cannot write {tmp_path / 'flm.jsonl'} (No space left on device); the last "
+    assert stopped.value.code == (f"error: cannot write {path} (No space left on device); the last "
                                   f"checkpoint is untouched")
 
 
@@ -157,101 +175,75 @@ def test_the_run_before_is_kept(toy, tmp_path):
     (tmp_path / "flm.pt").write_bytes(b"checkpoint")
     (tmp_path / "flm.jsonl").write_text('{"step": 1}\n')
     for _ in range(2):
-        quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1", "--eval_iters=1")
-    assert (tmp_path / "flm.old1.pt").read_bytes() == b"checkpoint" and log(tmp_path / "flm.old1.jsonl") == [dict(step=1)]
+        quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1",
+                  "--eval_iters=1")
+    assert (tmp_path / "flm.old1.pt").read_bytes() == b"checkpoint"
+    assert log(tmp_path / "flm.old1.jsonl") == [dict(step=1)]
     for name in ("flm.old2", "flm"):
-        assert torch.load(tmp_path / f"{name}.pt")["step"] == 1 and log(tmp_path / f"{name}.jsonl")[0]["step"] == 0
-
-
-def test_one_run_at_a_time(toy, tmp_path):
-    """A second run in the same folder would mix its files with the first one's."""
-    pytest.importorskip("fcntl", reason="this system has no such locks")
-    running = Fork("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--max_iters=1000000", "--log_interval=1000000",
-                   "--eval_interval=1000000")
-    while not (tmp_path / "flm.jsonl").exists():
-        time.sleep(0.01)
-    said = quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", status=1)
-    running.signal(signal.SIGKILL)
-    running.end()
-    assert said == f"error: another run is writing to {tmp_path}; wait for it, or choose another out_dir"
-
-
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
-    fcntl = pytest.importorskip("fcntl", reason="this system has no such locks")
-
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    assert storage.lock(tmp_path / "flm.lock") is not None
-    assert f"cannot be locked (No locks available): start no second run in {tmp_path}" in capsys.readouterr().err
-    (tmp_path / "folder.lock").mkdir()
-    with pytest.raises(SystemExit, match="error: cannot write .*folder.lock"):
-        storage.lock(tmp_path / "folder.lock")
-
-
-def test_a_run_goes_on_in_another_arithmetic(toy, tmp_path):
-    """From float32, which has no loss scale, to float16, which begins with a fresh one."""
-    (tmp_path / "flm.pt").write_bytes((toy[0] / "out" / "flm.pt").read_bytes())
-    assert torch.load(tmp_path / "flm.pt")["scaler"] == {}
-    quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=8", "--dtype=float16")
-    assert torch.load(tmp_path / "flm.pt")["step"] == 8 and torch.load(tmp_path / "flm.pt")["scaler"]["scale"] > 0
-
-
-def test_changed_settings_are_told_or_refused(toy, tmp_path):
-    (tmp_path / "flm.pt").write_bytes((toy[0] / "out" / "flm.pt").read_bytes())
-    command = ["train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=7"]
-    for key, before, after in (("weight_decay", 0.0, 0.5), ("batch_size", 8, 4), ("beta1", 0.9, 0.5)):
-        assert quick_run(*command, f"--{key}={after}", status=1) == (
-            f"error: {tmp_path / 'flm.pt'} was made with {key}={before}, not {after}; resume with that, or start again "
-            f"with --init_from=scratch")
-    _, _, said = Fork(*command, "--learning_rate=0.001").end()
-    assert said.splitlines() == ["from here on max_iters=7, until now 6", "from here on learning_rate=0.001, until now 0.002"]
+        assert torch.load(tmp_path / f"{name}.pt")["step"] == 1
+        assert log(tmp_path / f"{name}.jsonl")[0]["step"] == 0
 
 
 def test_a_reader_of_the_old_checkpoint_is_left_alone(tmp_path):
-    """The new one takes the name, not the file: whoever has the old one open reads it to its end. A link stays one."""
+    """The new one takes the name, not the file: whoever has the old one open reads it to its end. A
+    link stays one."""
+    path = tmp_path / "flm.pt"
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "flm.pt").symlink_to(tmp_path / "elsewhere" / "big.pt")
-    storage.save_checkpoint(tmp_path / "flm.pt", dict(a=1))
-    with open(tmp_path / "flm.pt", "rb") as reader:
-        before = (tmp_path / "flm.pt").read_bytes()
-        storage.save_checkpoint(tmp_path / "flm.pt", dict(a=2))
-        assert reader.read() == before != (tmp_path / "flm.pt").read_bytes()
-    assert (tmp_path / "flm.pt").is_symlink() and torch.load(tmp_path / "elsewhere" / "big.pt") == dict(a=2)
+    path.symlink_to(tmp_path / "elsewhere" / "big.pt")
+    first, second = (dict(model={}, step=step) for step in (1, 2))
+    ckpt.save_checkpoint(path, first)
+    with open(path, "rb") as reader:
+        before = path.read_bytes()
+        ckpt.save_checkpoint(path, second)
+        assert reader.read() == before != path.read_bytes()
+    assert path.is_symlink() and torch.load(tmp_path / "elsewhere" / "big.pt") == second
 
 
 def test_a_log_cut_short_by_a_crash_is_taken_up(tmp_path):
-    """The half line is dropped, and so is every record past the checkpoint; anything else there is not a log."""
-    from common import Machine
+    """The half line is dropped, and so is every record past the checkpoint; anything else there is
+    not a log."""
     path = tmp_path / "flm.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
-    record = storage.Log(tmp_path / "flm.pt", Machine("cpu", "float32"), True, 1, "", {})
+    record = ckpt.Log(tmp_path / "flm.pt", Machine("cpu", "float32"), True, 1, "", {})
     record.write(2, loss=1.25)
     assert log(path) == [dict(step=1, loss=2.0), dict(step=2, loss=1.25)]
-    for content, reason in (("1\n", "TypeError"), ("{}\n", "KeyError"), ("no\n{}\n", "JSONDecodeError")):
+    for content, error in (("1\n", "TypeError"), ("{}\n", "KeyError"),
+                           ("no\n{}\n", "JSONDecodeError")):
         path.write_text(content)
         with pytest.raises(SystemExit) as stopped:
-            storage.read_log(path)
-        assert stopped.value.code.startswith(f"error: {path} is not a log of train.py or distill.py ({reason}: ")
+            ckpt.read_log(path)
+        assert stopped.value.code.startswith(
+            f"error: {path} is not a log of train.py or distill.py ({error}: ")
 
+# ---------------------------------------------------------------- other settings
 
-def test_two_ctrl_c_end_at_once():
-    """The first lets the step finish; a person who insists does not wait for it."""
-    from training import Progress
-    progress = Progress(0, 10, 10)
-    os.kill(os.getpid(), signal.SIGINT)
-    assert progress.interrupted
-    with pytest.raises(SystemExit) as stopped:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-    assert stopped.value.code == 130
-
-
-def test_the_scale_of_float16_losses_goes_on(toy, tmp_path):
-    words = ["train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--dtype=float16"]
-    quick_run(*words, "--max_iters=1")
-    checkpoint = torch.load(tmp_path / "flm.pt")
+def test_a_run_goes_on_in_another_arithmetic(toy, tmp_path):
+    """From float32, which has no loss scale, to float16, which begins with a fresh one and then
+    keeps it."""
+    path = tmp_path / "flm.pt"
+    path.write_bytes((toy[0] / "out" / "flm.pt").read_bytes())
+    assert torch.load(path)["scaler"] == {}
+    words = ["train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--init_from=resume",
+             "--dtype=float16"]
+    quick_run(*words, "--max_iters=8")
+    checkpoint = torch.load(path)
+    assert checkpoint["step"] == 8 and checkpoint["scaler"]["scale"] > 64
     checkpoint["scaler"]["scale"] = 64.0
-    torch.save(checkpoint, tmp_path / "flm.pt")
-    quick_run(*words, "--max_iters=2", "--init_from=resume")
-    assert torch.load(tmp_path / "flm.pt")["scaler"]["scale"] == 64
+    torch.save(checkpoint, path)
+    quick_run(*words, "--max_iters=9")
+    assert torch.load(path)["scaler"]["scale"] == 64
+
+
+def test_changed_settings_are_told_or_refused(toy, tmp_path):
+    path = tmp_path / "flm.pt"
+    path.write_bytes((toy[0] / "out" / "flm.pt").read_bytes())
+    command = ["train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--init_from=resume",
+               "--max_iters=7"]
+    for key, before, after in (("weight_decay", 0.0, 0.5), ("batch_size", 8, 4),
+                               ("beta1", 0.9, 0.5)):
+        assert quick_run(*command, f"--{key}={after}", status=1) == (
+            f"error: {path} was made with {key}={before}, not {after}; resume with that, or start "
+            f"again with --init_from=scratch")
+    _, _, said = Fork(*command, "--learning_rate=0.001").end()
+    assert said.splitlines() == ["from here on max_iters=7, until now 6",
+                                 "from here on learning_rate=0.001, until now 0.002"]
