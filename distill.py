@@ -30,7 +30,8 @@ import flowmap
 from data.loader import Data
 from flow import Clock, noise_factor, stratified
 from lib import checkpoint as ckpt
-from lib import machine as lib
+from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
+                         mix)
 from lib.settings import configure, fail, require_choice, require_in, require_trainable
 
 # -- input and output
@@ -45,8 +46,8 @@ eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
-objective = "psd"                # or lsd, esd: they differentiate in tau and want time_scale = 1
-self_distill = False             # the diagonal learns from the data; weights, E are the FLM's still
+objective = "psd"                # or lsd, esd: they differentiate in tau; train with time_scale = 1
+self_distill = False             # the diagonal learns from the data; the start is still the FLM
 teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
 diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
@@ -94,7 +95,7 @@ if self_distill and teacher_temperature != 1:
 
 # ------------------------------------------------------------------------------ machine
 
-machine = lib.Machine(device, dtype)
+machine = Machine(device, dtype)
 if gradient_accumulation_steps % machine.world:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the "
          f"{machine.world} processes, which share the micro-steps of a step")
@@ -105,11 +106,11 @@ sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 path = Path(out_dir) / "fmlm.pt"
 teacher_path = teacher_path or str(Path(out_dir) / "flm.pt")
-flm = ckpt.load_checkpoint(teacher_path, "flm", trust_checkpoint)
-block_size = ckpt.set_length(flm, block_size, teacher_path)
+source = ckpt.load_checkpoint(teacher_path, "flm", trust_checkpoint)
+block_size = ckpt.set_length(source, block_size, teacher_path)
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
-ckpt.require_same_vocabulary(flm, data)
+ckpt.require_same_vocabulary(source, data)
 
 
 def draw_times(micro_steps: int, full_share: float, rng: torch.Generator):
@@ -128,7 +129,7 @@ def batch(n: int):
     at, i = divmod(n, local_steps)
     j = i * machine.world + machine.rank
     share = full_jump_share * (min(1, at / max_iters) if full_jump_ramp else 1)
-    rng = lib.generator(seed, lib.TIMES, at)
+    rng = generator(seed, TIMES, at)
     tau_s, tau_t = draw_times(gradient_accumulation_steps, share, rng)
     y = data.rows(at * sequences + j * batch_size, batch_size)
     return (at, j), machine.put(y), machine.put(tau_s[j]), machine.put(tau_t[j])
@@ -139,21 +140,22 @@ fixed = ("block_size", "objective", "self_distill", "teacher_temperature", "diag
          "full_jump_share", "full_jump_ramp", "split", "target_ema", "dropout", *ckpt.FIXED)
 checkpoint = ckpt.load_resumable(path, "fmlm", init_from, settings, fixed, machine)
 torch.manual_seed(seed)
-flow = ckpt.build_model(flm, machine.device)
+teacher = ckpt.build_model(source, machine.device)
 if checkpoint:
     student = ckpt.build_model(checkpoint, machine.device, "model")
-    if not torch.equal(student.embed.weight, flow.embed.weight):
+    if not torch.equal(student.embed.weight, teacher.embed.weight):
         fail(f"{path} was distilled from another FLM than {teacher_path}; start again with "
              f"--init_from=scratch")
 else:
-    student = ckpt.build_model(flm, machine.device, flow_map=True, dropout=dropout)
+    student = ckpt.build_model(source, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
 ema = copy.deepcopy(student).eval()
-clock_embedding_share = flm["clock_embedding_share"]
-del flm                                                             # its memory
-clock = Clock(flow.config.vocab_size, flow.config.n_embd, clock_embedding_share, machine.device)
+clock_embedding_share = source["clock_embedding_share"]
+del source                                                          # its memory
+clock = Clock(*student.embed.weight.shape, clock_embedding_share, machine.device)
 factor = noise_factor(student.embed.weight)  # E is frozen: once is enough
-net, teacher = (torch.compile(m, dynamic=False) if compile else m for m in (student, flow))
+net = torch.compile(student, dynamic=False) if compile else student
+teacher = torch.compile(teacher, dynamic=False) if compile else teacher
 
 
 def loss_of(net, target_net, y, tau_s, tau_t, rng):
@@ -223,18 +225,18 @@ FULL_JUMPS_IN_VALIDATION = 1 / 8  # of the jumps, whatever the share in training
 
 @torch.no_grad()
 def validate() -> tuple[float, list[float]]:
-    """Of the moving average, on held-out text, nats a token: the mean loss; the loss on the
+    """Of the moving average, on held-out text, nats per token: the mean loss; the loss on the
     diagonal, then the loss of jumps in tenths of their length on the clock, full jumps among the
     last. Every call uses the same texts, times and noise. The moving average makes the targets of
     jumps, too: their losses say how well it agrees with itself, not how good it is. Compare the
     texts of two runs, not these losses."""
     total = torch.zeros(2, 11, device=machine.device)               # losses, counts
     tau_s, tau_t = draw_times(eval_iters, FULL_JUMPS_IN_VALIDATION,
-                              lib.generator(seed, lib.VAL_TIMES))
+                              generator(seed, VAL_TIMES))
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))
         start, end = machine.put(tau_s[i]), machine.put(tau_t[i])
-        rng = lib.generator(seed, lib.VAL_NOISE, i, device=machine.device)
+        rng = generator(seed, VAL_NOISE, i, device=machine.device)
         losses = loss_of(ema, ema, y, start, end, rng)[1].mean(1)   # (B,)
         bins = 1 + ((end - start) * 10).long().clamp_max(9)
         bins[:n_diagonal] = 0
@@ -248,7 +250,7 @@ if machine.main:
     n_tokens = max_iters * sequences * block_size
     print(f"flow map of {teacher_path}; {machine.describe()}; {max_iters:,} steps, "
           f"{n_tokens / len(data.tokens):.1f} epochs -> {path}", flush=True)
-progress = lib.Progress(step, max_iters, sequences * block_size)
+progress = Progress(step, max_iters, sequences * block_size)
 next_batch = batch(step * local_steps)
 while True:
     lr = learning_rate_at(step)
@@ -274,8 +276,8 @@ while True:
     means = torch.zeros(2, device=machine.device)                   # of the loss, of the mass cut
     for i in range(local_steps):
         key, y, tau_s, tau_t = next_batch
-        rng = lib.generator(seed, lib.NOISE, *key, device=machine.device)
-        torch.manual_seed(lib.mix(seed, lib.DROPOUT, *key))
+        rng = generator(seed, NOISE, *key, device=machine.device)
+        torch.manual_seed(mix(seed, DROPOUT, *key))
         wait = machine.world > 1 and i < local_steps - 1
         with training_loss.no_sync() if wait else contextlib.nullcontext():
             loss, _, cut = training_loss(y, tau_s, tau_t, rng)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 def loss(model: Callable, clock: "Clock", y: Tensor, tau: Tensor, rng: torch.Generator
          ) -> tuple[Tensor, Tensor]:
     """The loss of an FLM on tokens y (B, L) at clock times tau (B,), with noise from rng: the mean
-    cross-entropy of the denoiser in nats a token, and each token's, (B, L), without gradient."""
+    cross-entropy of the denoiser in nats per token, and each token's, (B, L), without gradient."""
     E = model.embed.weight                                          # (V, d)
     z0 = latent_noise(E, y.shape, rng)                              # (B, L, d), the law of x0 E
     z = corrupt(E, y, clock.t_of_tau(tau), z0)                      # (1 - t) z0 + t E[y]
@@ -49,7 +49,7 @@ class Clock:
 
         tau(t) = (V P - 1) / (V - 1) = 1 - V / (V - 1) (1 - P).
 
-    The network sees d of the V coordinates, in which an average token is sqrt(d / V) times weaker.
+    The network sees d of the V coordinates, where an average token shrinks by a factor sqrt(d / V).
     embedding_share > 0 mixes in a clock that counts this, (1 - share) tau(r) + share
     tau(r sqrt(d / V)). 0 is the published clock, and so is any share where d >= V.
 
@@ -137,8 +137,9 @@ def noise_factor(E: Tensor, tokens: float = math.inf) -> Tensor | None:
         gram = E.detach().T @ E
         gram = gram + gram.T - gram.detach()    # E^T E still, but one product backward, not two
         identity = torch.eye(d, dtype=E.dtype, device=E.device)
-        with torch.no_grad():  # Rounding errors scale with the largest eigenvalue. Where it
-            jitter = 1e-6 * gram.diagonal().mean()      # dominates, 1e-6 of the mean is too little.
+        with torch.no_grad():
+            # Rounding errors scale with the largest eigenvalue: 1e-6 of the mean may be too little.
+            jitter = 1e-6 * gram.diagonal().mean()
             failed = torch.linalg.cholesky_ex(gram + jitter * identity).info > 0
             jitter = torch.where(failed, 1e-5 * gram.norm(), jitter)
         return torch.linalg.cholesky_ex(gram + jitter * identity).L
@@ -179,13 +180,13 @@ def step_size(s: Tensor, t: Tensor) -> Tensor:
     return torch.where(t > s, (t - s) / torch.where(s < 1, 1 - s, 1.0), 0.0)
 
 
-def move(z: Tensor, target: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """(1 - h) z + h target: z, target (B, L, d), s and t (B,).
+def move(z: Tensor, aim: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """(1 - h) z + h aim: z, aim (B, L, d), s and t (B,).
 
-    For target = D_s E an Euler step of the flow: z + (t - s) dz/ds with dz/ds = (D_s E - z) /
-    (1 - s). For target = delta_{s,t} E the exact jump X_{s,t} of a flow map.
+    For aim = D_s E an Euler step of the flow: z + (t - s) dz/ds with dz/ds = (D_s E - z) / (1 - s).
+    For aim = delta_{s,t} E the exact jump X_{s,t} of a flow map.
     """
-    return torch.lerp(z, target, per_sample(step_size(s, t), z))
+    return torch.lerp(z, aim, per_sample(step_size(s, t), z))
 
 
 @torch.no_grad()
@@ -234,11 +235,11 @@ def most_likely(head: nn.Module, hidden: Tensor) -> Tensor:
     return by_tokens(best, head, hidden)
 
 
-def drawn(head: nn.Module, hidden: Tensor, rng: torch.Generator, temperature: float = 1.0
+def draw_tokens(head: nn.Module, hidden: Tensor, rng: torch.Generator, temperature: float = 1.0
           ) -> Tensor:
     """Tokens (B, L) drawn from D, each on its own, instead of its mode."""
     def one(hidden):
-        return draw_tokens((head(hidden).double() / temperature).softmax(-1), rng).squeeze(-1)
+        return draw_from((head(hidden).double() / temperature).softmax(-1), rng).squeeze(-1)
     return by_tokens(one, head, hidden)
 
 
@@ -274,7 +275,7 @@ def by_tokens(function: Callable[..., Tensor], head: nn.Module, *tensors: Tensor
     return torch.cat(parts).unflatten(0, tensors[0].shape[:2])
 
 
-def draw_tokens(p: Tensor, rng: torch.Generator | None) -> Tensor:
+def draw_from(p: Tensor, rng: torch.Generator | None) -> Tensor:
     """One token a row, (n, 1), from probabilities p (n, V): the first at which their cumulative sum
     exceeds a uniform u.
 

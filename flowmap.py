@@ -43,7 +43,7 @@ def loss(student: Callable, target_net: Callable, teacher: Callable | None, cloc
          n_diagonal: int, factor: Tensor | None = None, split: float = 0.5,
          teacher_temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of an FMLM on tokens y (B, L) for jumps from tau_s to tau_t (B,), with noise from
-    rng: the mean in nats a token, each token's (B, L) without gradient, and the mass cut from
+    rng: the mean in nats per token, each token's (B, L) without gradient, and the mass cut from
     off-diagonal targets, (B - n_diagonal, L).
 
     The first n_diagonal rows have tau_t = tau_s and learn the denoiser. The others learn jumps by

@@ -3,8 +3,8 @@
     python sample.py --steps 1              # one network evaluation a text, with the flow map
     python sample.py --steps 1,2,4,8        # the same noise, decoded in more and more steps
     python sample.py --out_dir=out/owt --num_samples=64 --out=samples.jsonl
-    python sample.py --init_from=owt_fmlm.ckpt --steps 1        # a checkpoint the authors released
-    python sample.py --init_from=lm1b_fmlm.ckpt --vocabulary=vocab.txt --steps 1    # BERT's tokens
+    python sample.py --init_from=owt_fmlm.ckpt --trust_checkpoint   # a checkpoint of the authors
+    python sample.py --init_from=lm1b_fmlm.ckpt --trust_checkpoint --vocabulary=vocab.txt
 
 Reads out_dir/fmlm.pt, or flm.pt if there is no flow map yet. Needs no data folder: the tokenizer is
 in the checkpoint.
@@ -28,7 +28,7 @@ init_from = ""                   # a checkpoint instead: ours, or one the author
 trust_checkpoint = False         # read it although it holds Python objects besides tensors
 vocabulary = ""                  # of a released checkpoint: vocab.txt, tokenizer.json; "" = GPT-2
 model = "auto"                   # fmlm, flm, or auto: fmlm if there is one
-steps = "1"                      # network evaluations a text; several as 1,2,4,8
+steps = "1"                      # network evaluations per text; several as 1,2,4,8
 flow_steps = 0                   # also decode the same noise with the flow, in this many steps
 num_samples = 4
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
@@ -104,9 +104,9 @@ def generate(group: int, n_steps: int, with_flow: bool) -> list[list[int]]:
 
     def noise():
         return flow.latent_noise(E, (GROUP, L), rng, factor)        # (B, L, d)
-    decode, network = (flow.sample, flow_net) if with_flow else (flowmap.sample, net)
-    tokens = decode(network, clock, noise() * noise_scale, n_steps, gamma, noise,
-                    temperature=temperature)
+    sampler, network = (flow.sample, flow_net) if with_flow else (flowmap.sample, net)
+    tokens = sampler(network, clock, noise() * noise_scale, n_steps, gamma, noise,
+                     temperature=temperature)
     return tokens.tolist()                                          # waits for the device
 
 
@@ -120,7 +120,7 @@ for n_steps, with_flow in runs:
     milliseconds = (time.perf_counter() - start) / len(rows) * 1000
     name = "FLM" if with_flow else "FMLM"
     said.append(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and "
-                f"{milliseconds:.1f} ms a sample, in groups of {GROUP}")
+                f"{milliseconds:.1f} ms per sample, in groups of {GROUP}")
     dials = dict(seed=seed, gamma=gamma, temperature=temperature, noise_scale=noise_scale)
     records.append([dict(sample=i + 1, model=name, steps=n_steps, text=encoding.decode(row),
                          tokens=row, **dials) for i, row in enumerate(rows[:num_samples])])

@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data.loader import Data
 from flow import Clock, stratified
 from lib import checkpoint as ckpt
-from lib import machine as lib
+from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
+                         mix)
 from lib.settings import configure, fail, require_choice, require_in, require_trainable
 from model import FlowTransformer, ModelConfig
 
@@ -77,7 +78,8 @@ seed = 1
 
 settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
-require_choice("method", method, ("flm", "ar", "mdlm", "duo", "dense", "mse", "noclock"))
+baselines = sorted(file.stem for file in Path(__file__).parent.glob("baselines/*.py"))
+require_choice("method", method, ["flm", *(name for name in baselines if name != "distill")])
 require_trainable(settings)
 require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
 require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
@@ -87,7 +89,7 @@ if method == "ar" and attention_softcap:
 
 # ------------------------------------------------------------------------------ machine
 
-machine = lib.Machine(device, dtype)
+machine = Machine(device, dtype)
 if gradient_accumulation_steps % machine.world:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the "
          f"{machine.world} processes, which share the micro-steps of a step")
@@ -106,7 +108,7 @@ def batch(n: int):
     key. The times of a step are drawn together, one in each of `sequences` strata."""
     at, i = divmod(n, local_steps)
     j = i * machine.world + machine.rank
-    tau = stratified(sequences, lib.generator(seed, lib.TIMES, at)).float().view(-1, batch_size)
+    tau = stratified(sequences, generator(seed, TIMES, at)).float().view(-1, batch_size)
     y = data.rows(at * sequences + j * batch_size, batch_size)
     return (at, j), machine.put(y), machine.put(tau[j])
 
@@ -114,10 +116,10 @@ def batch(n: int):
 
 method_module = importlib.import_module("flow" if method == "flm" else f"baselines.{method}")
 path = Path(out_dir) / f"{method}.pt"
-shape = {field.name: settings[field.name] for field in fields(ModelConfig)
-         if field.name in settings}
+model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
+              if field.name in settings}
 checkpoint = ckpt.load_resumable(path, method, init_from, settings,
-                                 [*shape, "clock_embedding_share", *ckpt.FIXED], machine)
+                                 [*model_args, "clock_embedding_share", *ckpt.FIXED], machine)
 torch.manual_seed(seed)
 if checkpoint:
     ckpt.require_same_vocabulary(checkpoint, data)
@@ -125,7 +127,7 @@ if checkpoint:
 else:
     vocab_size = data.meta["vocab_size"] + getattr(method_module, "MORE_TOKENS", 0)
     try:
-        model = FlowTransformer(ModelConfig(vocab_size, **shape)).to(machine.device)
+        model = FlowTransformer(ModelConfig(vocab_size, **model_args)).to(machine.device)
     except ValueError as error:
         fail(str(error))
 ema = copy.deepcopy(model).eval()
@@ -192,16 +194,15 @@ def save() -> None:
 
 @torch.no_grad()
 def validate() -> tuple[float, list[float]]:
-    """The mean loss of the moving average on held-out text, nats a token, and its mean in tenths of
-    tau. For a flow it is a cross-entropy, whose mean over the clock is no likelihood (that is
-    eval/bound.py's); for ar the negative log-likelihood, for mdlm and duo a bound on it. Every call
-    uses the same texts, times and noise."""
+    """The mean loss of the moving average on held-out text, nats per token, and its mean in tenths
+    of tau; every call has the same texts, times and noise. For a flow it is no likelihood (that is
+    eval/bound.py's), for ar the negative log-likelihood, for mdlm and duo a bound on it."""
     total = torch.zeros(2, 10, device=machine.device)               # losses, counts
-    tau = stratified(eval_iters * batch_size, lib.generator(seed, lib.VAL_TIMES)).float()
+    tau = stratified(eval_iters * batch_size, generator(seed, VAL_TIMES)).float()
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))  # (B, L)
         times = machine.put(tau[i * batch_size:(i + 1) * batch_size])           # (B,)
-        rng = lib.generator(seed, lib.VAL_NOISE, i, device=machine.device)
+        rng = generator(seed, VAL_NOISE, i, device=machine.device)
         with machine.autocast():
             _, losses = method_module.loss(ema, clock, y, times, rng)
         loss = losses.mean(1)                                       # (B,)
@@ -219,7 +220,7 @@ if machine.main:
           f"L = {block_size}; {machine.describe()}")
     print(f"{max_iters:,} steps of {sequences * block_size:,} tokens = {n_tokens / 1e6:.1f} M "
           f"tokens ({n_tokens / len(data.tokens):.1f} epochs) -> {path}", flush=True)
-progress = lib.Progress(step, max_iters, sequences * block_size)
+progress = Progress(step, max_iters, sequences * block_size)
 next_batch = batch(step * local_steps)
 while True:
     lr = learning_rate_at(step)
@@ -243,8 +244,8 @@ while True:
     step_loss = torch.zeros((), device=machine.device)
     for i in range(local_steps):
         key, y, tau = next_batch
-        rng = lib.generator(seed, lib.NOISE, *key, device=machine.device)
-        torch.manual_seed(lib.mix(seed, lib.DROPOUT, *key))
+        rng = generator(seed, NOISE, *key, device=machine.device)
+        torch.manual_seed(mix(seed, DROPOUT, *key))
         # Processes average their gradients once a step, during its last backward pass.
         wait = machine.world > 1 and i < local_steps - 1
         with training_loss.no_sync() if wait else contextlib.nullcontext():

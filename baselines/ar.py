@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flow import Clock, cross_entropy, draw_tokens
+from flow import Clock, cross_entropy, draw_from
 from model import FlowTransformer, rotary_table, rotate
 
 
@@ -77,6 +77,6 @@ def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: i
     decoder, x, tokens = Decoder(model, B, L), E.new_zeros(B, 1, E.size(1)), []
     for _ in range(L):
         p = (decoder(x)[:, 0].double() / temperature).softmax(-1)   # (B, V)
-        tokens.append(draw_tokens(p, rng))                          # (B, 1)
+        tokens.append(draw_from(p, rng))                          # (B, 1)
         x = F.embedding(tokens[-1], E)
     return torch.cat(tokens, dim=1)

@@ -47,7 +47,7 @@ def loss(model: Callable, clock: Clock, y: Tensor, tau: Tensor, rng: torch.Gener
 
 def semigroup_loss(student: Callable, teacher: Callable, clock: Clock, y: Tensor, tau_s: Tensor,
                    tau_t: Tensor, x0: Tensor, n_diagonal: int) -> Tensor:
-    """Mean loss of an FMLM by PSD, nats a token: the first n_diagonal rows learn the teacher's
+    """Mean loss of an FMLM by PSD, nats per token: the first n_diagonal rows learn the teacher's
     denoiser, the others two jumps in one. y (B, L), tau_s and tau_t (B,), x0 (B, L, V)."""
     n, E, tau_u = n_diagonal, student.embed.weight, (tau_s + tau_t) / 2
     s, u, t = (clock.t_of_tau(tau).to(x0.dtype)[:, None, None] for tau in (tau_s, tau_u, tau_t))

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the top folder
 from data.loader import Data
 from flow import stratified
 from lib import checkpoint as ckpt
-from lib import machine as lib
+from lib.machine import NOISE, TIMES, Machine, generator, with_float64
 from lib.settings import configure, fail, require_choice, require_in, require_trainable
 
 out_dir = "out/pydocs"           # reads mdlm.pt or duo.pt, writes sdtt.pt or dcd.pt and their logs
@@ -66,7 +66,7 @@ if per_round == 0:
 if first_step * 2 ** (rounds - 1) > 1:
     fail(f"first_step={first_step} in {rounds} rounds ends in steps longer than all of time")
 
-machine = lib.Machine(lib.with_float64(device), dtype)
+machine = Machine(with_float64(device), dtype)
 if machine.world > 1:
     fail("baselines/distill.py runs as one process; start it with python")
 kind, path = TEACHERS[method], Path(out_dir) / f"{method}.pt"
@@ -104,8 +104,8 @@ for step in range(done * per_round, rounds * per_round):
         group["lr"] = lr
 
     y = machine.put(data.rows(step * batch_size, batch_size))       # (B, L)
-    tau = machine.put(stratified(batch_size, lib.generator(seed, lib.TIMES, step)).float())  # (B,)
-    rng = lib.generator(seed, lib.NOISE, step, 0, device=machine.device)
+    tau = machine.put(stratified(batch_size, generator(seed, TIMES, step)).float())  # (B,)
+    rng = generator(seed, NOISE, step, 0, device=machine.device)
     with machine.autocast():
         loss, _ = distillation_loss(student, frozen, None, y, tau, first_step * 2 ** k, rng)
     machine.scaler.scale(loss).backward()

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.mdlm import EDGE, reverse_kl
-from flow import Clock, by_tokens, draw_tokens, sum_by_tokens
+from flow import Clock, by_tokens, draw_from, sum_by_tokens
 from model import FlowTransformer
 
 
@@ -80,7 +80,7 @@ def bound(logits: Tensor, y: Tensor, z: Tensor, tau: Tensor) -> Tensor:
 
 def loss(model: FlowTransformer, clock: Clock | None, y: Tensor, tau: Tensor, rng: torch.Generator
          ) -> tuple[Tensor, Tensor]:
-    """For uniform tau (B,) an unbiased estimate of the bound on -log p(y), nats a token: its mean,
+    """For uniform tau (B,) an unbiased estimate of a bound on -log p(y), nats per token: its mean,
     to differentiate, and each (B, L), from tokens y (B, L)."""
     E, V, tau = model.embed.weight, model.config.vocab_size, tau.clamp(EDGE, 1 - EDGE)
     z = at(tau, y, V, *path(y, V, rng))
@@ -112,7 +112,7 @@ def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: i
     for i in range(steps):
         def move(hidden, z):
             D = (model.head(hidden).double() / temperature).softmax(-1)
-            return draw_tokens(posterior(D, z, i / steps, (i + 1) / steps), rng)
+            return draw_from(posterior(D, z, i / steps, (i + 1) / steps), rng)
         hidden = model(F.embedding(z, E), torch.full((B,), i / steps, device=E.device))
         z = by_tokens(move, model.head, hidden, z[..., None]).squeeze(-1)
     return z
@@ -121,7 +121,7 @@ def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: i
 def distillation_loss(student: FlowTransformer, teacher: FlowTransformer, clock: Clock | None,
                       y: Tensor, tau: Tensor, step: float, rng: torch.Generator
                       ) -> tuple[Tensor, Tensor]:
-    """DCD, nats a token: KL(student at tau || teacher at tau + step), the mean, to differentiate,
+    """DCD, nats per token: KL(student at tau || teacher at tau + step), the mean, to differentiate,
     and each (B, L). Both are on the same paths to y (B, L), the student at tau (B,)."""
     V, E = student.config.vocab_size, student.embed.weight
     noise, later = path(y, V, rng), (tau + step).clamp_max(1)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flow import Clock, SoftmaxCrossEntropy, by_tokens, draw_tokens, sum_by_tokens
+from flow import Clock, SoftmaxCrossEntropy, by_tokens, draw_from, sum_by_tokens
 from model import FlowTransformer
 
 MORE_TOKENS = 1    # rows of the network beyond the data's tokens: the mask, the last
@@ -52,7 +52,7 @@ def masked_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 def loss(model: FlowTransformer, clock: Clock | None, y: Tensor, tau: Tensor, rng: torch.Generator
          ) -> tuple[Tensor, Tensor]:
     """-log D[y] / (1 - tau) on hidden tokens, 0 on others: for uniform tau (B,) an unbiased
-    estimate of the bound on -log p(y), nats a token. Its mean, to differentiate, and each (B, L),
+    estimate of the bound on -log p(y), nats per token. Its mean, to differentiate, and each (B, L),
     from tokens y (B, L). The clock is for other methods."""
     tau, mask = tau.clamp_max(1 - EDGE), model.config.vocab_size - 1
     z = hide(y, tau, mask, rng)
@@ -71,7 +71,7 @@ def uncover(head: nn.Module, hidden: Tensor, z: Tensor, chosen: Tensor, rng: tor
             temperature: float = 1.0) -> Tensor:
     """Tokens z (B, L), those at `chosen` (B, L) drawn anew from hidden (B, L, d)."""
     def tokens(hidden):
-        return draw_tokens((head(hidden)[:, :-1].double() / temperature).softmax(-1), rng)
+        return draw_from((head(hidden)[:, :-1].double() / temperature).softmax(-1), rng)
     return z.masked_scatter(chosen, by_tokens(tokens, head, hidden[chosen][:, None]))
 
 

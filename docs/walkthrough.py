@@ -143,7 +143,7 @@ report("flow", flow, (1, 2, 8, 64), is_map=False)
 #               g = (1 - t)(u - s) / ((1 - u)(t - s)): two jumps land where one does.
 # So long jumps learn from shorter ones. Their targets have no gradient and come from the moving
 # average of the student. The jump 0 -> 1 writes the samples; its share of the batch grows as the
-# jumps it learns from improve. Teacher and student must see the same x E, so E is frozen.
+# jumps it learns from improve. The real programs share E, so here it is frozen too.
 split, n = 0.5, B // 4                                                  # n rows on the diagonal
 
 

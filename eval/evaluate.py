@@ -104,7 +104,7 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
         B = min(batch_size, number - group * batch_size)
         rng = generator(seed, SAMPLE_NOISE, group, device=machine.device)
         noise = lambda: flow.latent_noise(E, (B, L), rng, factor)   # (B, L, d)
-        draw = lambda head, hidden: flow.drawn(head, hidden, rng, temperature)
+        draw = lambda head, hidden: flow.draw_tokens(head, hidden, rng, temperature)
         with autocast():
             if kind not in FLOWS:
                 baseline = importlib.import_module(f"baselines.{FILES.get(kind, kind)}")

@@ -1,6 +1,6 @@
 """Other ways to differentiate the cross-entropy of a head, for eval/bench.py to measure.
 
-All take a head, hidden (B, L, d) and tokens y (B, L), and return the mean in nats a token, like
+All take a head, hidden (B, L, d) and tokens y (B, L), and return the mean in nats per token, like
 flow.cross_entropy. They differ in what they hold for V = 50,257 and in what they compute:
 
     whole         all logits at once; three products with the vocabulary, two of them backward;

@@ -28,7 +28,7 @@ from model import FlowTransformer, ModelConfig
 # ------------------------------------------------------------------------------ files
 
 def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write atomically: `write` fills a new file beside `path` (where that is a link, beside what it
+    """Write atomically: `write` fills a file beside `path` (where that is a link, beside what it
     leads to), which then replaces it. A crash or a full disk leaves the old file; exits then."""
     require_writable(path)
     target = path.resolve()
@@ -160,7 +160,7 @@ def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **
     odd = unexpected + [name for name in missing if not name.startswith("time_t.")]
     odd += [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if odd:
-        fail(f"the checkpoint's {odd[0]} is missing, unknown or not a number; take an earlier one")
+        fail(f"the checkpoint's {odd[0]} is missing, unexpected or not finite; use an earlier one")
     return model.eval().to(device)
 
 
@@ -213,7 +213,7 @@ def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
 # ------------------------------------------------------------------------------ resuming
 
 # Settings that a resumed run may change without a word.
-PLACES = "out_dir", "dataset", "teacher", "teacher_path", "device", "wandb_project"
+PLACES = "out_dir", "dataset", "teacher_path", "device", "wandb_project"
 # What it may not change: with another batch, say, it would read some texts twice, others never.
 FIXED = ("optimizer", "beta1", "beta2", "weight_decay", "batch_size",
          "gradient_accumulation_steps", "seed")

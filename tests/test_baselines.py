@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import ar, duo, mdlm, mse, noclock
-from flow import Clock, draw_tokens, drawn, latent_noise
+from flow import Clock, draw_from, draw_tokens, latent_noise
 from model import FlowTransformer, ModelConfig
 
 V, L = 3, 2
@@ -176,7 +176,7 @@ def test_mdlm_samples_the_language_in_many_steps_and_independent_tokens_in_one(s
 
 def test_draws_have_their_probabilities_and_never_what_has_none():
     p = torch.tensor([0, 0.5, 0, 0.3, 0.2, 0])
-    tokens = draw_tokens(p.expand(100_000, 6), generator())
+    tokens = draw_from(p.expand(100_000, 6), generator())
     assert torch.allclose(torch.bincount(tokens[:, 0], minlength=6) / 100_000, p, atol=0.008)
     assert set(tokens[:, 0].tolist()) == {1, 3, 4}
 
@@ -187,11 +187,11 @@ def test_draws_tell_probabilities_of_float64_apart(u, token, monkeypatch):
     """Two tokens of 2^-52, which float32 would never draw, between two of 0, never drawn."""
     p = torch.tensor([[0, 2.0 ** -52, 1 - 2.0 ** -51, 2.0 ** -52, 0]], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, u, dtype=dtype))
-    assert draw_tokens(p, None).tolist() == [[token]]
+    assert draw_from(p, None).tolist() == [[token]]
 
 
 def test_draws_from_what_is_not_finite_are_no_token():
-    assert draw_tokens(torch.tensor([[0.5, math.nan, 0.5]]), generator()).tolist() == [[3]]
+    assert draw_from(torch.tensor([[0.5, math.nan, 0.5]]), generator()).tolist() == [[3]]
 
 
 def test_samplers_draw_in_float64(monkeypatch):
@@ -201,7 +201,7 @@ def test_samplers_draw_in_float64(monkeypatch):
         asked.append(sums.dtype) or search(sums, *rest, **options)))
     for module, rows in ((ar, V), (mdlm, V + 1), (duo, V)):
         module.sample(network(rows=rows).float(), None, 2, L, 3, generator())
-    drawn(network().float().head, torch.randn(2, L, 16), generator())
+    draw_tokens(network().float().head, torch.randn(2, L, 16), generator())
     assert len(asked) > 3 and set(asked) == {torch.float64}
 
 
@@ -224,7 +224,7 @@ def test_sdtt_is_the_divergence_from_the_teachers_guesses_on_its_way(monkeypatch
     monkeypatch.setattr(mdlm, "hide", lambda *_: start)
     monkeypatch.setattr(mdlm, "choose", lambda z, mask, share, rng: (
         shares.append(share) or start != between))
-    monkeypatch.setattr(mdlm, "draw_tokens", lambda p, rng: torch.tensor([[1]]).expand(len(p), 1))
+    monkeypatch.setattr(mdlm, "draw_from", lambda p, rng: torch.tensor([[1]]).expand(len(p), 1))
     tau = torch.tensor([0.1, 0.5, 0.9])
     mean, losses = mdlm.distillation_loss(student, teacher, None, y, tau, 0.2, None)
 

@@ -322,7 +322,7 @@ def test_a_discrete_distillation_that_diverges_says_so(trained, tmp_path):
     (DISTILL, "--method=psd", "method=psd: choose sdtt, dcd"),
     (DISTILL, "--teacher_path=OUT/flm.pt", "what is needed here is a baseline (mdlm)"),
     ("train.py", "--method=ar --attention_softcap=50", "method=ar has no soft cap on its"),
-    ("train.py", "--method=gan", "choose flm, ar, mdlm, duo, dense, mse, noclock"),
+    ("train.py", "--method=gan", "choose flm, ar, dense, duo, mdlm, mse, noclock"),
     ("sample.py", "--init_from=OUT/mdlm.pt", "is a baseline (mdlm), which sample.py would read as"),
     ("eval/evidence.py", "--report --results=nowhere", "no measurements in nowhere"),
     ("eval/evidence.py", "--sets=mnist --report", "sets=mnist: choose palindromes, pydocs"),

@@ -13,7 +13,7 @@ from test_cost import network, two_steps
 
 import flow
 import flowmap
-from flow import Clock, draw_tokens, noise_factor
+from flow import Clock, draw_from, noise_factor
 from flowmap import OBJECTIVES
 from lib.checkpoint import build_model, load_checkpoint
 from lib.machine import Machine, generator
@@ -87,7 +87,7 @@ def test_tokens_are_those_of_a_cpu():
             for device in ("cuda", "cpu"))
         assert (found == expected).float().mean() > 0.99
     p = torch.tensor([0.0, 0.25, 0.75], device="cuda").expand(40_000, 3)
-    drawn = draw_tokens(p, generator(1, device="cuda")).flatten()
+    drawn = draw_from(p, generator(1, device="cuda")).flatten()
     shares = drawn.bincount(minlength=3).cpu() / 40_000
     assert (shares - torch.tensor([0.0, 0.25, 0.75])).abs().max() < 0.01
 

@@ -105,7 +105,7 @@ CASES = [
     ("train.py -lr 1", "cannot read '-lr'; give settings as --key=value, a config file first"),
     ("train.py --init_from=gpt2", "init_from=gpt2: choose scratch, resume"),
     ("train.py --dtype=int8", "dtype=int8: choose auto, bfloat16, float16, float32"),
-    ("train.py --method=gpt", "method=gpt: choose flm, ar, mdlm, duo, dense, mse, noclock"),
+    ("train.py --method=gpt", "method=gpt: choose flm, ar, dense, duo, mdlm, mse, noclock"),
     ("train.py --optimizer=sgd", "optimizer=sgd: choose adamw, muon"),
     ("train.py --schedule=linear", "schedule=linear: choose constant, cosine"),
     ("distill.py --objective=mse", "objective=mse: choose psd, lsd, esd"),
@@ -206,7 +206,7 @@ CASES = [
     ("sample.py --init_from={broken}/object.pt --trust_checkpoint",
      "{broken}/object.pt {foreign} (KeyError: 'rotary_emb.inv_freq')"),
     *((f"sample.py --init_from={{broken}}/{name}.pt",
-       "the checkpoint's head.bias is missing, unknown or not a number; take an earlier one")
+       "the checkpoint's head.bias is missing, unexpected or not finite; use an earlier one")
       for name in ("no_bias", "nan")),
     ("sample.py --out_dir={broken}/retrained --flow_steps=2", "{broken}/retrained/flm.pt is not "
      "the flow that {broken}/retrained/fmlm.pt was distilled from; run distill.py again"),
