@@ -30,7 +30,8 @@ walkthrough: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(RUN) -m ruff check
-	$(RUN) -m pytest -q -rs --durations=5 --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(RUN) -m pytest -q -rs --durations=5 --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+		--no-loadscope-reorder
 
 evidence: $(VENV)/ready
 	$(RUN) eval/evidence.py $(ARGS)

@@ -283,8 +283,7 @@ SMALL = ["--vocab_size=50", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_tim
 
 
 @pytest.mark.parametrize("command, paths", [
-    ("train", "other,floor"), ("distill", "dense,ours"), ("sample", "ours,ar"),
-    ("head", "builtin")])
+    ("train", "other,floor"), ("distill", "dense,ours"), ("sample", "ours,ar")])
 def test_bench_measures(command, paths, tmp_path):
     """The other checkout has its bench.py at the top, which knows two settings."""
     (tmp_path / "bench.py").write_text(
