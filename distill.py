@@ -260,7 +260,7 @@ while True:
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
         mean, bins = validate()
         ckpt.require_finite(mean, step)
-        kept = [x if x == x else None for x in bins]                # an empty bin is NaN
+        kept = [None if math.isnan(x) else x for x in bins]         # NaN: no jump of this length
         log.write(step, val_loss=mean, val_diagonal=kept[0], val_loss_by_length=kept[1:])
         if machine.main:
             print(f"step {step}: validation loss {mean:.3f}; diagonal {bins[0]:.2f}; "
@@ -312,8 +312,8 @@ if stopped:
     save()
 machine.total(torch.zeros(1))
 if machine.main:
-    print(f"stopped at step {step}; continue with --init_from=resume" if stopped else
-          f"done: {path}", file=sys.stderr if stopped else sys.stdout)
+    print(f"stopped at step {step}, saved {path}; continue with --init_from=resume" if stopped
+          else f"done: {path}", file=sys.stderr if stopped else sys.stdout)
 if machine.world > 1:
     dist.destroy_process_group()
 if stopped:

@@ -230,7 +230,7 @@ while True:
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
         mean, bins = validate()
         ckpt.require_finite(mean, step)
-        log.write(step, val_loss=mean, val_loss_by_tau=[x if x == x else None for x in bins])
+        log.write(step, val_loss=mean, val_loss_by_tau=[None if math.isnan(x) else x for x in bins])
         if machine.main:
             print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: "
                   + " ".join(f"{x:.2f}" for x in bins).replace("nan", "-"), flush=True)
@@ -282,8 +282,8 @@ if stopped:
     save()
 machine.total(torch.zeros(1))  # all wait for the file: torchrun would end them soon after the first
 if machine.main:
-    print(f"stopped at step {step}; continue with --init_from=resume" if stopped else
-          f"done: {path}", file=sys.stderr if stopped else sys.stdout)
+    print(f"stopped at step {step}, saved {path}; continue with --init_from=resume" if stopped
+          else f"done: {path}", file=sys.stderr if stopped else sys.stdout)
 if machine.world > 1:
     dist.destroy_process_group()
 if stopped:

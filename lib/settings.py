@@ -141,5 +141,5 @@ def parse_numbers(name: str, text: str, kind: type, example: str) -> list:
     except ValueError:
         values = [0]
     if not all(0 < value <= 1_000_000 for value in values):
-        fail(f"{name}={text}: expected numbers up to 1,000,000, such as {example}")
+        fail(f"{name}={text}: expected positive numbers up to 1,000,000, such as {example}")
     return values

@@ -137,7 +137,7 @@ CASES = [
     ("distill.py --full_jump_share=-0.5", "full_jump_share=-0.5: must lie in [0, 1]"),
     ("distill.py --block_size=4", "{positions}"),
     *((f"sample.py --steps={steps}",
-       f"steps={steps}: expected numbers up to 1,000,000, such as 1,2,4,8")
+       f"steps={steps}: expected positive numbers up to 1,000,000, such as 1,2,4,8")
       for steps in ("0", "1,99999999", "1,x")),
     ("sample.py --temperature=1e-40", "temperature=1e-40: must lie in [1e-3, 1e3]"),
     ("sample.py --gamma=2", "gamma=2.0: must lie in [0, 1]"),

@@ -95,7 +95,8 @@ def test_interrupted(toy, undisturbed, script, processes, number, tmp_path):
     _, err = process.communicate(timeout=60)
     step = torch.load(disturbed.path)["step"]
     assert 0 < step < 40
-    assert f"stopped at step {step}; continue with --init_from=resume" in err
+    saved = f"stopped at step {step}, saved {disturbed.path}; continue with --init_from=resume"
+    assert saved in err
     assert process.returncode == 130 if processes == 1 else process.returncode != 0
     assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed(script, processes))
 
