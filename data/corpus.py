@@ -5,18 +5,23 @@ A prepared set is a folder of four files:
     train.bin, val.bin   token ids, one after another, uint16 or uint32, no header
     tokenizer.json       the map between ids and text, see tokenizer.py
     meta.json            vocab_size, dtype, row_length, train_tokens, val_tokens,
-                         tokenizer (its identity) and settings (how the set was made)
+                         tokenizer (its identity), settings (how the set was made) and checker (a
+                         module whose check(text) finds mistakes, or null)
 
 meta.json is removed before any other file is replaced, and written last. Where it exists, the
 other three are whole and belong together.
 """
 
+import functools
+import http.client
+import itertools
 import json
 import os
 import signal
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator
+import urllib.request
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +36,7 @@ if TYPE_CHECKING:  # slow to import, and the small sets do without it
     from datasets import Dataset
 
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+BPE_SAMPLE = 10_000_000  # 14 s for 4,096 byte pairs; three times as much saved 0.05% of the tokens
 
 
 def run(main: Callable[[], None]) -> None:
@@ -92,12 +98,13 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 def write_bins(out_dir: Path, enc: tiktoken.Encoding, train_ids: Iterable[np.ndarray],
                val_ids: Iterable[np.ndarray], row_length: int | None,
-               settings: dict | None = None) -> None:
+               settings: dict | None = None, checker: str | None = None) -> None:
     """Write a prepared set into the folder `out_dir`, made if need be.
 
     The ids come in pieces of any shape, never held all at once. row_length: N when the ids are
     rows of N tokens that must not be cut elsewhere, None for a continuous stream. settings: how
-    the set was made, for `is_ready`. An older set stays until all ids are written; from then on
+    the set was made, for `is_ready`. checker: a module whose check(text) says what is wrong with a
+    text, or None. An older set stays until all ids are written; from then on
     only renames are left. Raises ValueError for an id outside the vocabulary and for a split that
     is no whole number of rows; exits for a split without tokens.
     """
@@ -120,7 +127,8 @@ def write_bins(out_dir: Path, enc: tiktoken.Encoding, train_ids: Iterable[np.nda
     tokenizer.save(enc, out_dir / "tokenizer.json")
     meta = {"vocab_size": enc.n_vocab, "dtype": dtype_for(enc.n_vocab).name,
             "row_length": row_length, "train_tokens": tokens["train"], "val_tokens": tokens["val"],
-            "tokenizer": identity(tokenizer.to_dict(enc)), "settings": settings}
+            "tokenizer": identity(tokenizer.to_dict(enc)), "settings": settings,
+            "checker": checker}
     tokenizer.write_json(meta, out_dir / "meta.json")
     shape = f", rows of {row_length}" if row_length else ""
     print(f"{out_dir}: {tokens['train']:,} train and {tokens['val']:,} val tokens, "
@@ -190,6 +198,22 @@ def load_hub(name: str, split: str, revision: str | None = None) -> "Dataset":
     return check_documents(documents, name)
 
 
+def load_splits(name: str, val_split: str, val_docs: int | None) -> tuple["Dataset", "Dataset"]:
+    """The hub's splits as (train, val); of val the last `val_docs` documents (None: all)."""
+    train, val = load_hub(name, "train"), load_hub(name, val_split)
+    first = 0 if val_docs is None else max(0, len(val) - val_docs)
+    return train, val.select(range(first, len(val)))
+
+
+def download(url: str) -> bytes:
+    """What is at `url`; exits when it cannot be had within 30 seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:  # a timeout is an OSError
+        fail(f"cannot download {url} ({error}); give a local copy with --file")
+
+
 def check_documents(documents: "Dataset", where: str) -> "Dataset":
     """`documents` itself; exits unless it has a string column `text`."""
     if "text" not in documents.column_names:
@@ -210,8 +234,9 @@ def hold_out(documents: "Dataset", val_docs: int | None) -> tuple["Dataset", "Da
 
 
 def tokenise(documents: "Dataset", enc: tiktoken.Encoding, num_proc: int) -> "Dataset":
-    """The ids of each document that is not blank, EOS after it, in a column `ids`. They lie in the
-    datasets cache on disk, where a second call with the same arguments finds them."""
+    """The ids of each document that is not blank and that `enc` spells, EOS after it, in a column
+    `ids`. They lie in the datasets cache on disk, where a second call with the same arguments finds
+    them."""
     from datasets import Features, List, Value
 
     return documents.map(
@@ -221,7 +246,9 @@ def tokenise(documents: "Dataset", enc: tiktoken.Encoding, num_proc: int) -> "Da
 
 
 def tokenise_batch(batch: dict, enc: tiktoken.Encoding) -> dict:
-    texts = [text for text in batch["text"] if text and not text.isspace()]
+    unknown = tokenizer.unknown_to(enc)
+    texts = [text for text in batch["text"]
+             if text and not text.isspace() and unknown(text) is None]
     ids = enc.encode_ordinary_batch(texts, num_threads=1)  # the cores go to the processes of `map`
     return {"ids": [document + [enc.eot_token] for document in ids]}
 
@@ -257,20 +284,29 @@ def write_packed(out_dir: Path, enc: tiktoken.Encoding, train: "Dataset", val: "
                  block_size: int, num_proc: int, settings: dict | None = None) -> None:
     """Tokenise, pack and write two splits of documents as rows of `block_size` tokens. `enc` needs
     the token <|endoftext|>. Memory stays at a few thousand documents however many there are."""
-    rows = [pack(read_ids(tokenise(documents, enc, num_proc), f"write {split}"), enc.eot_token,
-                 block_size) for split, documents in (("train", train), ("val", val))]
+    rows = []
+    for split, documents in (("train", train), ("val", val)):
+        tokenised = tokenise(documents, enc, num_proc)
+        rows.append(pack(read_ids(tokenised, f"write {split}"), enc.eot_token, block_size))
+        if len(tokenised) < len(documents):
+            print(f"{split}: left out {len(documents) - len(tokenised):,} documents, blank or with "
+                  f"a character outside the vocabulary")
     write_bins(out_dir, enc, *rows, block_size, settings)
 
 
 def prepare_packed(doc: str, folder: Path, block_size: int, source: str,
-                   from_hub: Callable[[int | None], tuple["Dataset", "Dataset"]]) -> None:
-    """All of a packed set's script, in GPT-2's vocabulary. block_size: the default. source: the
-    hub's set and revision. from_hub(--val_docs) -> (train, val) is not called with --file."""
+                   from_hub: Callable[[int | None], tuple["Dataset", "Dataset"]],
+                   vocab_size: int | None = None) -> None:
+    """All of a packed set's script. block_size: the default. source: the hub's set and revision.
+    from_hub(--val_docs) -> (train, val) is not called with --file. vocab_size: the default of byte
+    pairs learnt from the training documents; None for GPT-2's vocabulary."""
     p = parser(doc, folder)
     p.add_argument("--file", type=Path, help="a local .parquet, .jsonl, .json or .txt instead")
     p.add_argument("--block_size", type=int, default=block_size, help="tokens in a row, L")
     p.add_argument("--val_docs", type=int, help="documents held out, the last ones")
     p.add_argument("--num_proc", type=int, default=min(8, os.cpu_count() or 1))
+    if vocab_size:
+        p.add_argument("--vocab_size", type=int, default=vocab_size, help="byte pairs, V")
     args = p.parse_args()
     if args.block_size < 3:
         fail("--block_size must be at least 3: EOS, a token, EOS")
@@ -278,13 +314,152 @@ def prepare_packed(doc: str, folder: Path, block_size: int, source: str,
         fail("--num_proc and --val_docs must be at least 1")
     settings = {"source": file_stamp(args.file) if args.file else source,
                 "block_size": args.block_size, "val_docs": args.val_docs}
+    if vocab_size:
+        settings["vocab_size"] = args.vocab_size
     if is_ready(args.out_dir, settings, args.force):
         return
     if args.file:
         train, val = hold_out(read_documents(args.file), args.val_docs)
     else:
         train, val = from_hub(args.val_docs)
-    from lib.released import gpt2_encoding  # needs PyTorch, which is slow to import
+    if vocab_size:
+        enc = learn("bpe", train["text"], args.vocab_size, folder.name)
+    else:
+        from lib.released import gpt2_encoding  # needs PyTorch, which is slow to import
 
-    enc = gpt2_encoding()
+        enc = gpt2_encoding()
     write_packed(args.out_dir, enc, train, val, args.block_size, args.num_proc, settings)
+
+
+# ------------------------------------------------------------------------------ lines and any text
+
+
+def read_text(path: Path) -> str:
+    """A local file as one text: of .parquet, .jsonl and .json a document a line, others as they
+    are. Exits when the documents cannot be read."""
+    if path.suffix in LOADERS and path.suffix != ".txt":
+        return "\n".join(text or "" for text in read_documents(path)["text"])
+    return path.read_text(encoding="utf-8")
+
+
+def every_20th(items: Sequence) -> tuple[list, list]:
+    """(train, val): 5% held out, at least one item, in ten runs of neighbours over the whole
+    length, since neighbours often belong together. Exits when none would be left."""
+    if len(items) < 2:
+        fail(f"cannot hold out one of {len(items)} lines")
+    run, cycle = max(1, len(items) // 200), min(20, len(items))
+    parts = [], []
+    for i, item in enumerate(items):
+        parts[i // run % cycle == cycle - 1].append(item)
+    return parts
+
+
+def learn(kind: str, texts: Sequence[str], vocab_size: int, name: str,
+          special: tuple[str, ...] = ("<|endoftext|>",)) -> tiktoken.Encoding:
+    """A tokenizer of the kind "word", "bpe" or "char" from the training texts. Byte pairs come from
+    BPE_SAMPLE characters of them, drawn at random. Exits when these do not yield `vocab_size`."""
+    if kind == "bpe":
+        sample, size = {}, 0
+        for i in np.random.default_rng(1337).permutation(len(texts)).tolist():
+            if size >= BPE_SAMPLE:
+                break
+            sample[i] = texts[i] or ""
+            size += len(sample[i])
+        texts = [sample[i] for i in sorted(sample)]
+    text = "".join(texts)
+    try:
+        if kind == "char":
+            return tokenizer.char_encoding(text, name, special)
+        make = tokenizer.train_bpe if kind == "bpe" else tokenizer.word_encoding
+        return make(text, vocab_size, name, special)
+    except ValueError as error:
+        fail(str(error))
+
+
+def line_rows(lines: Iterable[str], enc: tiktoken.Encoding, row_length: int | None) -> np.ndarray:
+    """The lines that `enc` spells and that fit, a row each: (n, row_length) ids, the rest of a row
+    filled with <|endoftext|>. White space becomes one space, and one is put before the line, so
+    that its first word has the token it has elsewhere. row_length None: what the longest line
+    needs, rounded up to a multiple of 8, at most 128. Prints how many lines were left out."""
+    unknown = tokenizer.unknown_to(enc)
+
+    @functools.cache  # the same words come again and again; no token goes beyond a space
+    def spell(word: str) -> list[int] | None:
+        return enc.encode_ordinary(f" {word}") if unknown(f" {word}") is None else None
+
+    rows, unspelled = [], 0
+    for line in lines:
+        words = [spell(word) for word in line.split()]
+        if None in words:
+            unspelled += 1
+        elif words:
+            rows.append(list(itertools.chain.from_iterable(words)))
+    if row_length is None:
+        row_length = min(128, -(-max(map(len, rows), default=1) // 8) * 8)
+    fitting = [ids + [enc.eot_token] * (row_length - len(ids))
+               for ids in rows if len(ids) <= row_length]
+    if unspelled or len(fitting) < len(rows):
+        print(f"{len(fitting):,} lines kept; left out {unspelled:,} that the vocabulary cannot "
+              f"spell and {len(rows) - len(fitting):,} of more than {row_length} tokens")
+    return np.array(fitting, dtype_for(enc.n_vocab)).reshape(-1, row_length)
+
+
+def spelled_text(lines: list[str], enc: tiktoken.Encoding) -> np.ndarray:
+    """Ids (n,) of the lines that `enc` spells, one after another, line ends included. Prints how
+    many were left out."""
+    unknown = tokenizer.unknown_to(enc)
+    kept = [line for line in lines if unknown(line) is None]
+    if len(kept) < len(lines):
+        print(f"{len(kept):,} lines kept; left out {len(lines) - len(kept):,} that the vocabulary "
+              f"cannot spell")
+    return np.array(enc.encode_ordinary("".join(kept)), dtype=np.int64)
+
+
+def prepare_lines(doc: str, folder: Path, read: Callable[[Namespace], Iterable[Iterable[str]]],
+                  vocab_size: int, block_size: int | None, source: str | None) -> None:
+    """All of the script of a set of lines. read(args) -> groups of lines; those of a group are
+    held out together. source: what is read without --file; None for any text of the user, which
+    may also be a stream."""
+    p = parser(doc, folder)
+    p.add_argument("--file", type=Path, required=not source,
+                   help="UTF-8 text, or .parquet, .jsonl or .json with a column text")
+    p.add_argument("--tokenizer", choices=["word", "bpe", "char"], default="word")
+    p.add_argument("--vocab_size", type=int, default=vocab_size,
+                   help="V; words may be fewer, characters are as many as there are")
+    if source:
+        p.set_defaults(lines=True)
+    else:
+        p.add_argument("--lines", action="store_true", help="a line is a row; else one stream")
+    p.add_argument("--block_size", type=int, default=block_size, help="tokens in a row of lines, L"
+                   + ("" if block_size else "; by itself the longest line's, at most 128"))
+    args = p.parse_args()
+    if args.block_size is not None and (args.block_size < 1 or not args.lines):
+        fail("--block_size must be at least 1 and needs --lines: a stream has no rows")
+    settings = {"source": file_stamp(args.file, utf8=args.file.suffix != ".parquet")
+                if args.file else source, "tokenizer": args.tokenizer,
+                "vocab_size": args.vocab_size, "block_size": args.block_size, "lines": args.lines}
+    if is_ready(args.out_dir, settings, args.force):
+        return
+    if args.lines:
+        groups = [tuple(" ".join(line.split()) for line in group) for group in read(args)]
+        parts = every_20th(list(dict.fromkeys(group for group in groups if any(group))))
+        train, val = (dict.fromkeys(line for group in part for line in group if line)
+                      for part in parts)
+        val = [line for line in val if line not in train]
+        print(f"{len(train) + len(val):,} different lines of {sum(map(len, groups)):,}")
+        enc = learn(args.tokenizer, [f" {line}" for line in train], args.vocab_size, folder.name)
+        train = line_rows(train, enc, args.block_size)
+        val = line_rows(val, enc, train.shape[1])
+    else:
+        text = read_text(args.file)
+        first = len(text) * 19 // 20  # held out, from the next line on, or the next word
+        first = text.find("\n", first, -1) + 1 or text.find(" ", first) + 1 or first
+        train, val = (part.splitlines(keepends=True) for part in (text[:first], text[first:]))
+        enc = learn(args.tokenizer, train, args.vocab_size, folder.name, special=())
+        train, val = spelled_text(train, enc), spelled_text(val, enc)
+    length = train.shape[1] if args.lines else None
+    write_bins(args.out_dir, enc, [train], [val], length, settings)
+    if not source:  # the others have a file in config/
+        dataset = folder.name if args.out_dir == folder else args.out_dir
+        row = f" --block_size={length}" if length else ""
+        print(f"next: python train.py --dataset={dataset} --out_dir=out/{folder.name}{row}")

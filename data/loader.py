@@ -3,8 +3,10 @@
 import base64
 import binascii
 import hashlib
+import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,22 @@ def tokenizer_from_dict(d: dict) -> tiktoken.Encoding:
         raise ValueError(f"tokenizer: special tokens must have the ids from {n} on, without a gap")
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def text_of(encoding: tiktoken.Encoding, row: list[int]) -> str:
+    """The text of a row of ids. It ends at the first <|endoftext|>; but where the row begins with
+    one, it is packed: its documents are joined by a blank line."""
+    first, *others = encoding.decode(row).split("<|endoftext|>")
+    return first or "\n\n".join(filter(None, others))
+
+
+def find_check(name: str | None) -> Callable[[str], str | None] | None:
+    """`check` of the module that a set or a checkpoint names: what is wrong with a text, or None.
+    None without a name, and for anything but a module of data/ with a `check`."""
+    try:
+        return importlib.import_module(name).check if name.startswith("data.") else None
+    except (AttributeError, ImportError, TypeError, ValueError):
+        return None
 
 
 def identity(d: dict) -> str:

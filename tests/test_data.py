@@ -277,65 +277,6 @@ def test_a_second_run(tmp_path):
     assert "already there" not in prepare("palindromes", tmp_path, "--force").stdout
 
 
-def test_pydocs_keeps_prose(tmp_path):
-    pydocs = script("pydocs")
-    prose = "This paragraph is written in plain English words and it is long enough."
-    (tmp_path / "b.py").write_text(
-        f'"""{prose}\n\nShort.\n"""\ndef f():\n    """{prose}\n\n    Twice\n    {prose}"""\n')
-    (tmp_path / "a.py").write_text("x = 1\n")
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "c.py").write_text(f'"""Not from tests, not even if {prose}"""\n')
-    assert pydocs.paragraphs(pydocs.docstrings(tmp_path)) == [prose, f"Twice {prose}"]
-    assert pydocs.is_prose("A" + "b" * 60) and not pydocs.is_prose("A" + "b" * 59)
-    assert not pydocs.is_prose(prose.lower())
-    assert not pydocs.is_prose(prose + " é")
-    assert not pydocs.is_prose("Ab" * 45 + "." * 10) and pydocs.is_prose("Ab" * 45 + "." * 9)
-    train, val = pydocs.split([f"line {i}" for i in range(40)], seed=1)
-    assert (train.count("\n"), val.count("\n")) == (38, 2)
-    assert sorted((train + val).splitlines()) == sorted(f"line {i}" for i in range(40))
-
-
-def test_pydocs_of_a_part_of_the_library(tmp_path, monkeypatch):
-    pydocs = script("pydocs")
-    part = Path(pydocs.sysconfig.get_path("stdlib")) / "asyncio"
-    monkeypatch.setattr(pydocs.sysconfig, "get_path", lambda name: str(part))
-    argv = ["prepare.py", "--tokenizer", "char", "--out_dir", str(tmp_path / "d")]
-    monkeypatch.setattr(sys, "argv", argv)
-    pydocs.main()
-    meta, enc, train, val = read_set(tmp_path / "d")
-    lines = [enc.decode(part.tolist()).splitlines() for part in (train, val)]
-    assert meta["row_length"] is None and len(train) + len(val) > 100_000
-    assert all(map(script("pydocs").is_prose, lines[0] + lines[1]))
-    assert len(set(lines[0] + lines[1])) == len(lines[0]) + len(lines[1])
-    assert len(lines[1]) == (len(lines[0]) + len(lines[1])) // 20
-
-
-def test_pydocs_learns_from_the_training_part_alone(tmp_path, monkeypatch):
-    pydocs = script("pydocs")
-    monkeypatch.setattr(pydocs, "topics", lambda: [])
-    monkeypatch.setattr(pydocs, "docstrings", lambda folder: [])
-    monkeypatch.setattr(pydocs, "split", lambda lines, seed: ("abab\n" * 9, "baba\n" * 99))
-    argv = ["prepare.py", "--vocab_size", "4", "--out_dir", str(tmp_path / "d")]
-    monkeypatch.setattr(sys, "argv", argv)
-    pydocs.main()
-    enc = read_set(tmp_path / "d")[1]
-    assert [enc.decode([i]) for i in range(4)] == ["\n", "a", "b", "ab"]  # of both parts: "ba"
-
-    monkeypatch.setattr(pydocs, "split", lambda lines, seed: ("abab\n" * 9, "abc\n"))
-    argv.append("--force")
-    with pytest.raises(SystemExit) as error:
-        pydocs.main()
-    assert error.value.code == "error: vocabulary 'pydocs_bpe' has no token for 'c' (U+0063)"
-
-
-def test_pydocs_without_the_documentation_is_one_line(tmp_path):
-    (tmp_path / "pydoc_data").mkdir()  # hides Python's own, as some systems leave it out
-    (tmp_path / "pydoc_data" / "__init__.py").write_text("")
-    done = prepare("pydocs", tmp_path / "d", PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("error: this Python came without its documentation (pydoc_data)")
-
-
 def test_shakespeare_from_a_file(tmp_path):
     (tmp_path / "in.txt").write_text("To be,\nor not.\n" * 10)
     done = prepare("shakespeare_char", tmp_path / "s", "--file", tmp_path / "in.txt")
@@ -354,7 +295,7 @@ def test_a_failed_download_is_one_line(monkeypatch, reason, said):
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     with pytest.raises(SystemExit) as error:
-        script("shakespeare_char").download("http://x/y")
+        corpus.download("http://x/y")
     assert error.value.code == (
         f"error: cannot download http://x/y ({said}); give a local copy with --file")
 

@@ -21,14 +21,7 @@ from data import corpus
 
 NAME = "dvruette/lm1b"
 
-
-def from_hub(val_docs: int | None) -> tuple:
-    """The hub's splits as (train, val); of val the last `val_docs` sentences (None: all)."""
-    train, val = corpus.load_hub(NAME, "train"), corpus.load_hub(NAME, "test")
-    first = 0 if val_docs is None else max(0, len(val) - val_docs)
-    return train, val.select(range(first, len(val)))
-
-
 if __name__ == "__main__":
     corpus.run(lambda: corpus.prepare_packed(
-        __doc__, Path(__file__).parent, 128, source=NAME, from_hub=from_hub))
+        __doc__, Path(__file__).parent, 128, source=NAME,
+        from_hub=lambda val_docs: corpus.load_splits(NAME, "test", val_docs)))

@@ -28,6 +28,14 @@ def rows(codes: np.ndarray) -> np.ndarray:
     return np.concatenate([half, half[:, ::-1]], axis=1)
 
 
+def check(text: str) -> str | None:
+    """What is wrong with a text, as "kind: detail"; None for a palindrome."""
+    for letter, partner in zip(text[:HALF], text[::-1]):
+        if letter != partner:
+            return f"letters differ: {letter!r} has the partner {partner!r}"
+    return None if len(text) == 2 * HALF else f"wrong length: {len(text)} letters"
+
+
 def main() -> None:
     args = corpus.parser(__doc__, Path(__file__).parent).parse_args()
     settings = {"n_train": 200_000, "n_val": 10_000, "seed": 1337}
@@ -38,7 +46,8 @@ def main() -> None:
     train = rng.choice(every, settings["n_train"])
     val = rng.choice(np.setdiff1d(every, train), settings["n_val"], replace=False)
     enc = tokenizer.char_encoding(LETTERS, "palindromes")
-    corpus.write_bins(args.out_dir, enc, [rows(train)], [rows(val)], 2 * HALF, settings)
+    corpus.write_bins(args.out_dir, enc, [rows(train)], [rows(val)], 2 * HALF, settings,
+                      checker="data.palindromes.prepare")
 
 
 if __name__ == "__main__":

@@ -6,25 +6,13 @@
     python data/shakespeare_char/prepare.py --file input.txt      any UTF-8 text
 """
 
-import http.client
 import sys
-import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the top folder
 from data import corpus, tokenizer
-from lib.settings import fail
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
-
-def download(url: str) -> str:
-    """The text at `url`; exits when it cannot be had within 30 seconds."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return answer.read().decode("utf-8")
-    except (OSError, ValueError, http.client.HTTPException) as error:  # a timeout is an OSError
-        fail(f"cannot download {url} ({error}); give a local copy with --file")
 
 
 def main() -> None:
@@ -34,7 +22,7 @@ def main() -> None:
     settings = {"source": corpus.file_stamp(args.file, utf8=True) if args.file else URL}
     if corpus.is_ready(args.out_dir, settings, args.force):
         return
-    text = args.file.read_text(encoding="utf-8") if args.file else download(URL)
+    text = args.file.read_text(encoding="utf-8") if args.file else corpus.download(URL).decode()
     enc = tokenizer.char_encoding(text, "shakespeare_char")
     ids = tokenizer.encode_text(enc, text)
     n_train = len(ids) * 9 // 10

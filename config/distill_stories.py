@@ -1,0 +1,17 @@
+"""The flow map of stories, after train.py config/stories.py.
+
+    python distill.py config/distill_stories.py
+"""
+
+out_dir = "out/stories"
+dataset = "stories"
+diagonal_share = 0.25
+full_jump_share = 0.8
+full_jump_ramp = True
+target_ema = True                # keeps the student's jitter out of its targets: a higher rate
+max_iters = 1000
+learning_rate = 3e-3
+min_lr = 2e-5
+optimizer = "muon"
+warmup_iters = 50
+eval_iters = 4
