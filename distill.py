@@ -1,6 +1,6 @@
 """Distil a flow language model into a flow map (FMLM), which writes a text in one evaluation.
 
-    python distill.py                                   # out/pydocs/flm.pt -> fmlm.pt beside it
+    python distill.py                                   # out/stories/flm.pt -> fmlm.pt there
     torchrun --nproc_per_node=8 distill.py config/distill_owt.py
 
 The student is the FLM with a second time embedding, which starts at zero: it knows where it is, but
@@ -21,7 +21,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+from lib.settings import configure, fail, require_choice, require_in, require_trainable
+import torch  # after lib.settings, which says how its threads wait
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,11 +33,10 @@ from flow import Clock, noise_factor, stratified
 from lib import checkpoint as ckpt
 from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
                          mix)
-from lib.settings import configure, fail, require_choice, require_in, require_trainable
 
 # -- input and output
-out_dir = "out/pydocs"           # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
-dataset = "pydocs"               # must have the vocabulary that the FLM was trained on
+out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
+dataset = "stories"              # must have the vocabulary that the FLM was trained on
 teacher_path = ""                # the FLM, ours or a released .ckpt; "" = out_dir/flm.pt
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
@@ -216,8 +216,8 @@ def save() -> None:
             model=student.state_dict(), ema=ema.state_dict(),
             optimizers=[opt.state_dict() for opt in optimizers],
             scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
-            settings=settings, step=step, train_tokens=len(data.tokens),
-            tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
+            settings=settings, step=step, train_tokens=len(data.tokens), tokenizer=data.tokenizer,
+            vocabulary=data.meta["tokenizer"], checker=data.meta.get("checker")))
 
 
 FULL_JUMPS_IN_VALIDATION = 1 / 8  # of the jumps, whatever the share in training: enough for a mean

@@ -1,29 +1,33 @@
 """Generate text.
 
     python sample.py --steps 1              # one network evaluation a text, with the flow map
-    python sample.py --steps 1,2,4,8        # the same noise, decoded in more and more steps
+    python sample.py --steps 1,2,4,8 --flow_steps 64    # the same noise, by flow map and flow
     python sample.py --out_dir=out/owt --num_samples=64 --out=samples.jsonl
     python sample.py --init_from=owt_fmlm.ckpt --trust_checkpoint   # a checkpoint of the authors
     python sample.py --init_from=lm1b_fmlm.ckpt --trust_checkpoint --vocabulary=vocab.txt
 
 Reads out_dir/fmlm.pt, or flm.pt if there is no flow map yet. Needs no data folder: the tokenizer is
-in the checkpoint.
+in the checkpoint. Prints a table, a row for each number of steps, then the texts, those from the
+same noise together. If the set has a checker, wrong texts end with what is wrong.
 """
 
 import os
 import sys
 import time
+import timeit
 from pathlib import Path
 
-import torch
+from lib.settings import configure, fail, parse_numbers, require_choice, require_in
+import torch  # after lib.settings, which says how its threads wait
 
 import flow
 import flowmap
+from data.loader import find_check, text_of
 from lib import checkpoint as ckpt
 from lib.machine import SAMPLE_NOISE, Machine, generator
-from lib.settings import configure, fail, parse_numbers, require_choice, require_in
 
-out_dir = "out/pydocs"           # where train.py and distill.py wrote
+out_dir = ""                     # of train.py and distill.py; "" = out/stories, or before you have
+                                 # trained there weights/stories, which comes with the code
 init_from = ""                   # a checkpoint instead: ours, or one the authors released (.ckpt)
 trust_checkpoint = False         # read it although it holds Python objects besides tensors
 vocabulary = ""                  # of a released checkpoint: vocab.txt, tokenizer.json; "" = GPT-2
@@ -61,6 +65,11 @@ if out:
 machine = Machine(device, dtype)
 if machine.world > 1:
     fail("sample.py runs as one process; start it with python")
+if not out_dir:
+    out_dir, shipped = "out/stories", Path(__file__).parent / "weights" / "stories"
+    if not init_from and shipped.exists() and not list(Path(out_dir).glob("f*lm.pt")):
+        print(f"nothing trained in {out_dir} yet; reading {shipped}", file=sys.stderr)
+        out_dir = shipped
 flow_path, map_path = Path(out_dir) / "flm.pt", Path(out_dir) / "fmlm.pt"
 if init_from:
     checkpoint = ckpt.load_checkpoint(init_from, model.replace("auto", ""), trust_checkpoint)
@@ -74,7 +83,8 @@ elif model == "flm" or model == "auto" and flow_path.exists() and not map_path.e
               f"steps", file=sys.stderr)
 else:
     checkpoint = ckpt.load_checkpoint(map_path, "fmlm")
-    if flow_path.exists() and flow_path.stat().st_mtime > map_path.stat().st_mtime:
+    if "model" in checkpoint and flow_path.exists() and (
+            flow_path.stat().st_mtime > map_path.stat().st_mtime):  # not in weights/, copied by git
         print(f"{flow_path} is newer than {map_path}: run distill.py for its flow map",
               file=sys.stderr)
 L = ckpt.set_length(checkpoint, block_size, init_from)
@@ -87,7 +97,7 @@ if flow_steps:
              f"again")
 clock = flow.Clock(net.config.vocab_size, net.config.n_embd, checkpoint["clock_embedding_share"],
                    machine.device)
-encoding = ckpt.find_tokenizer(checkpoint, vocabulary)
+encoding, check = ckpt.find_tokenizer(checkpoint, vocabulary), find_check(checkpoint.get("checker"))
 E = net.embed.weight.detach()
 factor = flow.noise_factor(E)
 
@@ -98,44 +108,54 @@ factor = flow.noise_factor(E)
 GROUP = 8
 
 
-def generate(group: int, n_steps: int, with_flow: bool) -> list[list[int]]:
+def generate(group: int, n_steps: int, with_flow: bool, size: int = GROUP) -> list[list[int]]:
     """The tokens of the texts of a group."""
     rng = generator(seed, SAMPLE_NOISE, group, device=machine.device)
-
-    def noise():
-        return flow.latent_noise(E, (GROUP, L), rng, factor)        # (B, L, d)
+    noise = lambda: flow.latent_noise(E, (size, L), rng, factor)    # (B, L, d)
     sampler, network = (flow.sample, flow_net) if with_flow else (flowmap.sample, net)
-    tokens = sampler(network, clock, noise() * noise_scale, n_steps, gamma, noise,
-                     temperature=temperature)
-    return tokens.tolist()                                          # waits for the device
+    return sampler(network, clock, noise() * noise_scale, n_steps, gamma, noise,
+                   temperature=temperature).tolist()                # waits for the device
 
 
 runs = [(n, not is_map) for n in wanted] + ([(flow_steps, True)] if flow_steps else [])
-said, records = [], []                                              # records: a list for each run
+table, records = [], []                                             # records: a list for each run
 for n_steps, with_flow in runs:
-    rows, start = [], time.perf_counter()
+    rows, kind = [], "FLM" if with_flow else "FMLM"
     with torch.no_grad(), machine.autocast():  # one for all groups: it casts every weight once
+        alone = min(timeit.repeat(lambda: generate(0, n_steps, with_flow, 1), number=1, repeat=2))
+        start = told = time.perf_counter()
         for group in range(-(-num_samples // GROUP)):
             rows += generate(group, n_steps, with_flow)
-    milliseconds = (time.perf_counter() - start) / len(rows) * 1000
-    name = "FLM" if with_flow else "FMLM"
-    said.append(f"{name}: {n_steps} network evaluation{'s' * (n_steps > 1)} and "
-                f"{milliseconds:.1f} ms per sample, in groups of {GROUP}")
+            rate = len(rows) / (time.perf_counter() - start)
+            if time.perf_counter() > told + 5 and len(rows) < num_samples:
+                told = time.perf_counter()
+                print(f"{kind}, steps={n_steps}: {len(rows):,} of {num_samples:,} texts, "
+                      f"{(num_samples - len(rows)) / rate:.0f} s left", file=sys.stderr)
     dials = dict(seed=seed, gamma=gamma, temperature=temperature, noise_scale=noise_scale)
-    records.append([dict(sample=i + 1, model=name, steps=n_steps, text=encoding.decode(row),
+    records.append([dict(sample=i + 1, model=kind, steps=n_steps, text=text_of(encoding, row),
                          tokens=row, **dials) for i, row in enumerate(rows[:num_samples])])
+    table.append(f"{kind:5} {n_steps:6} {alone * 1000:9.1f} {rate:8.1f}")
+    if check:
+        mistakes = [check(record["text"].strip()) for record in records[-1]]
+        records[-1] = [record | dict(mistake=it) for record, it in zip(records[-1], mistakes)]
+        table[-1] += f" {mistakes.count(None) / num_samples:6.1%}"
 
 if out:
     ckpt.write_lines(Path(out), [record for run in records for record in run])
-    said.append(f"wrote {num_samples * len(runs)} samples to {out}")
+long = any("\n" in one["text"] or len(one["text"]) > 500 for run in records for one in run)
 try:
-    print(*said, sep="\n")
+    print("model  steps ms a text  texts/s" + "  valid" * bool(check), *table, sep="\n")
+    print(f"(of {num_samples:,} texts; ms for one alone, texts/s in groups of {GROUP})"
+          + f"; all {num_samples * len(runs):,} are in {out}" * bool(out), end="\n\n")
     for same_noise in zip(*records):
-        print(f"\n==== sample {same_noise[0]['sample']}")
+        if long:
+            print(f"==== sample {same_noise[0]['sample']}")
         for record in same_noise:
-            if len(runs) > 1:
-                print(f"-- {record['model']}, {record['steps']} step{'s' * (record['steps'] > 1)}")
-            print(record["text"].strip())
+            name = f"{record['model']:5} {record['steps']:6}" if len(runs) > 1 else ""
+            wrong = f"  [{record['mistake']}]" if record.get("mistake") else ""
+            print(name, record["text"].strip() + wrong, sep=("\n" if long else "  ") * bool(name))
+        if long or len(runs) > 1:
+            print()
     sys.stdout.flush()
 except BrokenPipeError:  # "| head" has seen enough; what is left goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

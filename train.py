@@ -21,7 +21,8 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
+from lib.settings import configure, fail, require_choice, require_in, require_trainable
+import torch  # after lib.settings, which says how its threads wait
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,12 +32,11 @@ from flow import Clock, stratified
 from lib import checkpoint as ckpt
 from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
                          mix)
-from lib.settings import configure, fail, require_choice, require_in, require_trainable
 from model import FlowTransformer, ModelConfig
 
 # -- input and output
-out_dir = "out/pydocs"           # flm.pt and flm.jsonl (the log) go here
-dataset = "pydocs"               # a folder of data/ that its prepare.py has filled
+out_dir = "out/stories"          # flm.pt and flm.jsonl (the log) go here
+dataset = "stories"              # a folder of data/ that its prepare.py has filled
 init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 eval_iters = 8                   # validation batches
@@ -188,8 +188,8 @@ def save() -> None:
             model=model.state_dict(), ema=ema.state_dict(),
             optimizers=[opt.state_dict() for opt in optimizers],
             scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
-            settings=settings, step=step, train_tokens=len(data.tokens),
-            tokenizer=data.tokenizer, vocabulary=data.meta["tokenizer"]))
+            settings=settings, step=step, train_tokens=len(data.tokens), tokenizer=data.tokenizer,
+            vocabulary=data.meta["tokenizer"], checker=data.meta.get("checker")))
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ from lib import checkpoint as ckpt
 from lib.machine import NOISE, TIMES, Machine, generator, with_float64
 from lib.settings import configure, fail, require_choice, require_in, require_trainable
 
-out_dir = "out/pydocs"           # reads mdlm.pt or duo.pt, writes sdtt.pt or dcd.pt and their logs
-dataset = "pydocs"               # must have the vocabulary of the teacher
+out_dir = "out/stories"          # reads mdlm.pt or duo.pt, writes sdtt.pt or dcd.pt and their logs
+dataset = "stories"              # must have the vocabulary of the teacher
 method = "sdtt"                  # or dcd
 teacher_path = ""                # "" = out_dir/mdlm.pt or duo.pt
 init_from = "scratch"            # or resume: after the last finished round

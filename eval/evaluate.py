@@ -1,9 +1,19 @@
 """Judge texts, of a checkpoint or of a .jsonl that sample.py wrote, beside held-out text.
 
-    python eval/evaluate.py --source=out/pydocs/fmlm.pt --steps=1,8     # judged by GPT-2 large
-    python eval/evaluate.py --source=samples.jsonl --scorer=out/pydocs/ar.pt
-    python eval/evaluate.py --source=out/pydocs/mdlm.pt --steps=8 --temperatures=0.7,1,1.3
-    python eval/evaluate.py --source=out/pydocs/flm.pt --num_samples=0 --bound  # likelihood only
+    python eval/evaluate.py --steps=1,2,8                               # stories, right or wrong
+    python eval/evaluate.py --source=out/owt/fmlm.pt --dataset=owt      # judged by GPT-2 large
+    python eval/evaluate.py --source=samples.jsonl --scorer=out/stories/ar.pt
+    python eval/evaluate.py --source=out/chat/mdlm.pt --dataset=chat --steps=8 --temperatures=0.7,1
+    python eval/evaluate.py --source=out/stories/flm.pt --num_samples=0 --bound # likelihood only
+
+Some sets name a checker in meta.json, which finds what is wrong with a text. Of those the table has
+the shares of valid texts, of different ones and of those that stand verbatim in the training text,
+and every kind of mistake with an example; no scorer, unless one is named. Other texts are judged
+by a scorer.
+
+In sets of lines a row is padded with ends of text. The text ends before the first of them, and
+nothing after it counts: not in perplexity, entropy, the share of rare tokens, or copies. Only the
+likelihood, which is that of the row, includes it.
 
 Generative perplexity is how well the scorer, another model, predicts the texts (scorers.py). It
 falls when texts get less diverse, as they do when sampled colder. So it stands beside measures of
@@ -25,6 +35,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,26 +45,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the top fo
 import flow
 import flowmap
 from baselines import noclock
-from data.loader import Data, tokenizer_from_dict
+from data.loader import Data, find_check, text_of, tokenizer_from_dict
+from data.tokenizer import encode_text
 from eval import metrics, scorers
 from eval.bound import accuracy, bits_per_character, likelihood_bound, whiten
 from lib import checkpoint as ckpt
 from lib.machine import BOUND_NOISE, SAMPLE_NOISE, Machine, generator, with_float64
 from lib.settings import configure, fail, parse_numbers, require_in
 
-source = "out/pydocs/fmlm.pt"    # checkpoints (.pt, .ckpt) and texts (.jsonl), comma-separated
+source = "out/stories/fmlm.pt"   # checkpoints (.pt, .ckpt) and texts (.jsonl), comma-separated
 trust_checkpoint = False         # read checkpoints although they hold Python objects
-dataset = "pydocs"               # held-out text: the first row; training text: for copies
+dataset = "stories"              # held-out text: the first row; training text: for copies
 block_size = 0                   # tokens in a text; 0 = those of the checkpoints or the set, or 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 temperatures = ""                # several as argmax,0.8,1; "" = argmax for flows, 1 for others
 noise_scales = ""                # flow maps: sweep the size of the first noise
 gamma = 0.0                      # flows and flow maps: as in sample.py
-sweep_samples = 0                # first try a sweep with so many, keep what is near the data
 num_samples = 1000               # of a checkpoint; 0 = none
 batch_size = 100                 # texts made together
-copies_from = 10_000_000         # first tokens of the training text, to count and to seek copies in
-scorer = "gpt2-large"            # what transformers loads, or an ar.pt; several with commas
+copies_from = 10_000_000         # first tokens of the training text, to count and to seek copies
+                                 # in; all of them where there is a checker
+scorer = "auto"                  # what transformers loads, or an ar.pt; several with commas; auto:
+                                 # gpt2-large, or none where there is a checker
 scorer_samples = 0               # texts read by a scorer that is not ours, which is slow; 0 = all
 bound = False                    # also the likelihood of held-out text, where there is one
 out = ""                         # also write the rows here, .json
@@ -63,8 +76,7 @@ seed = 1
 
 settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
-require_in(settings, "[0, inf)", "num_samples", "sweep_samples", "scorer_samples", "seed",
-           "block_size")
+require_in(settings, "[0, inf)", "num_samples", "scorer_samples", "seed", "block_size")
 require_in(settings, "[1, inf)", "batch_size", "copies_from")
 require_in(settings, "[0, 1]", "gamma")
 if num_samples == 1:
@@ -126,26 +138,17 @@ def ways(kind: str, n_steps: int) -> tuple[list[tuple], list[tuple]]:
     return [default] if wants else [], swept
 
 
-def near(checkpoint: dict, net, n_steps: int, swept: list[tuple], row: dict) -> list[tuple]:
-    """The ways whose first sweep_samples texts are around the entropy or the share of rare tokens
-    of held-out text, whose row this is."""
-    chosen, looks = [], [texts_of(checkpoint, net, n_steps, *way, sweep_samples) for way in swept]
-    rare = lambda tokens: metrics.rare_shares(tokens, training_counts, 256)
-    for key, measure in (("entropy", metrics.sample_entropies), ("rare_256", rare)):
-        values, target = [measure(tokens) for tokens in looks], row[key]["value"]
-        error = 2 * max(v.std() for v in values) / sweep_samples ** 0.5
-        if target:
-            chosen += metrics.around(swept, [v.mean() for v in values], target, error)
-    return [way for way in swept if way in chosen]
-
-
 def ids_of(record: dict) -> list[int]:
     """The tokens of a record, at most L: its own if they spell its text in this vocabulary or there
-    is no text; otherwise the text is encoded."""
+    is no text; otherwise the text is encoded, and a line is padded."""
     ids = [int(i) for i in record.get("tokens") or ()]
-    ours = ids and ("text" not in record
-                    or max(ids) < V and encoding.decode(ids) == record["text"])
-    return (ids if ours else encoding.encode_ordinary(record["text"]))[:L]
+    if ids and ("text" not in record or max(ids) < V and record["text"].strip() in (
+            encoding.decode(ids).strip(), text_of(encoding, ids).strip())):
+        return ids[:L]
+    if eos is None:
+        return encode_text(encoding, record["text"]).tolist()[:L]
+    ids = encode_text(encoding, " " + record["text"].strip()).tolist()
+    return (ids + [eos] * (L - len(ids)))[:L]
 
 
 def read_texts(path: str) -> dict[str, np.ndarray]:
@@ -187,28 +190,56 @@ def of_all(statistic, tokens: np.ndarray) -> dict:
     return measured(value, (value - error, value + error))
 
 
+def without_padding(rows: np.ndarray) -> np.ndarray:
+    """Rows (n, L), those of lines with -1 from their first end of text on. A row that begins with
+    one is whole, as `text_of` has it."""
+    ended = np.logical_or.accumulate(rows == (-1 if eos is None else eos), 1)
+    return np.where(ended & ~ended[:, :1], -1, rows.astype(np.int32))
+
+
+def spell(rows: np.ndarray) -> list[str]:
+    """The texts of rows (n, L)."""
+    return [encoding.decode(row) if eos is None else text_of(encoding, row).strip()
+            for row in rows.tolist()]
+
+
+def kinds_of(mistakes: list[str | None], texts: list[str]) -> list[dict]:
+    """The kinds of mistakes, the commonest first: how many texts have it, and one of them."""
+    kinds = [mistake and mistake.partition(":")[0] for mistake in mistakes]
+    return [dict(kind=kind, count=count, mistake=mistakes[kinds.index(kind)],
+                 text=texts[kinds.index(kind)])
+            for kind, count in Counter(filter(None, kinds)).most_common()]
+
+
 def print_values(name: str, row: dict) -> None:
     print(f"{name:34}", *(f"{key} {entry['value']:.4g}" for key, entry in row.items()
                           if isinstance(entry, dict)), sep="  ", flush=True)
 
 
-def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
-    """All about tokens (n, L); for each scorer entropies, and nats and lengths of what it read."""
-    texts = [encoding.decode(row) for row in tokens.tolist()]
+def judge(name: str, rows: np.ndarray, **facts) -> tuple[dict, dict]:
+    """All about rows (n, L); for each scorer entropies, and nats and lengths of what it read."""
+    texts, tokens, row = spell(rows), without_padding(rows), dict(name=name, **facts)
     equal = tokens[:len(held_out_tokens)]  # for what depends on the number of samples
-    kl = lambda x: metrics.unigram_kl(training_counts, np.bincount(x.ravel(), minlength=V))
-    entropies = metrics.sample_entropies(tokens)
-    copies = metrics.longest_copies(tokens, training_rows)
-    row = dict(
-        name=name, **facts, samples=len(tokens), entropy=mean(entropies),
-        self_bleu=mean(metrics.self_bleu(equal)), unigram_kl=of_all(kl, equal),
-        distinct_2=of_all(lambda x: metrics.distinct_ngrams(x, 2), equal),
-        distinct_4=of_all(lambda x: metrics.distinct_ngrams(x, 4), equal),
-        **{f"rare_{k}": mean(metrics.rare_shares(tokens, training_counts, k)) for k in (256, 2048)},
-        longest_copy=mean(copies), copied=mean(copies >= L // 2, metrics.wilson),
-        different=of_all(metrics.distinct, tokens))
-    if held_out.path.parent.name == "palindromes":
-        row["valid"] = mean(metrics.palindromes(tokens), metrics.wilson)
+    kl = lambda x: metrics.unigram_kl(training_counts, np.bincount(x[x >= 0], minlength=V))
+    entropies, row["samples"] = metrics.sample_entropies(tokens), len(tokens)
+    if check:
+        mistakes = [check(text) for text in texts]
+        row["valid"] = mean(np.array([mistake is None for mistake in mistakes]), metrics.wilson)
+        row["mistakes"] = kinds_of(mistakes, texts)
+    row["different"] = of_all(metrics.distinct, tokens)
+    if packed > 1:
+        row["verbatim"] = mean(metrics.verbatim(tokens, training_rows), metrics.wilson)
+    row |= dict(entropy=mean(entropies), unigram_kl=of_all(kl, equal))
+    if not check:
+        copies = metrics.longest_copies(tokens, training_rows)
+        row |= dict(
+            self_bleu=mean(metrics.self_bleu(equal)),
+            distinct_2=of_all(lambda x: metrics.distinct_ngrams(x, 2), equal),
+            distinct_4=of_all(lambda x: metrics.distinct_ngrams(x, 4), equal),
+            **{f"rare_{k}": mean(metrics.rare_shares(tokens, training_counts, k))
+               for k in (256, 2048)},
+            longest_copy=mean(copies),
+            copied=mean(2 * copies >= (tokens >= 0).sum(1), metrics.wilson))
     scored = {}
     for scorer_name, score in score_of.items():
         read = slice(None if scorer_name.endswith(".pt") else scorer_samples or None)
@@ -218,6 +249,8 @@ def judge(name: str, tokens: np.ndarray, **facts) -> tuple[dict, dict]:
             metrics.perplexity(losses, counts),
             metrics.bootstrap(np.stack([losses, counts], 1), metrics.perplexity))
     print_values(name, row)
+    for kind in row.get("mistakes", ()):
+        print(f"  {kind['count']:6}  {kind['mistake']}\n          {kind['text']}", flush=True)
     return row, scored
 
 
@@ -260,7 +293,7 @@ def likelihood(checkpoint: dict, net) -> dict:
             values.append(sum(loss(net, clock, y, tau, rng)[1].cpu().double().sum(1)
                               for tau in times) / draws)
     nats = torch.cat(values).cpu().double().numpy()                 # (n,)
-    characters = np.array([len(encoding.decode(row)) for row in held_out_tokens.tolist()])
+    characters = np.array([len(text) for text in spell(held_out_tokens)])
     bits = metrics.bootstrap(np.stack([nats, characters], 1),
                              lambda n, c: bits_per_character(n.sum(-1), c.sum(-1)))
     accuracies = dict(accuracy_nearly_clean=mean(torch.cat(right).cpu().numpy())) if right else {}
@@ -272,7 +305,7 @@ def likelihood(checkpoint: dict, net) -> dict:
 
 # ------------------------------------------------------------------------------ the program
 
-sources, judges = source.split(","), [name for name in scorer.split(",") if name and num_samples]
+sources = source.split(",")
 checkpoints = {name: ckpt.load_checkpoint(name, trust=trust_checkpoint)
                for name in sources if name.endswith((".pt", ".ckpt"))}
 lengths = {c["model_config"]["block_size"] for c in checkpoints.values()} | {block_size} - {0}
@@ -286,10 +319,20 @@ V, encoding = held_out.meta["vocab_size"], tokenizer_from_dict(held_out.tokenize
 if num_samples and (L < 4 or held_out.n_rows < 2):
     fail(f"texts of {L} tokens cannot be judged: they need 4 tokens and two held-out texts")
 held_out_tokens = held_out.rows(0, min(held_out.n_rows, num_samples or held_out.n_rows))
-packed = held_out.meta["row_length"] or 1
-training_rows = np.asarray(training.tokens[:copies_from // packed * packed])
-training_rows = training_rows.reshape(-1, packed) if packed > 1 else training_rows
-training_counts = np.bincount(training_rows.ravel(), minlength=V)
+packed, checker = held_out.meta["row_length"] or 1, held_out.meta.get("checker")
+check = find_check(checker)                                         # text -> what is wrong, or None
+if checker and not check:
+    fail(f"{held_out.path.parent}/meta.json names the checker {checker}, which has no check(text)")
+training_rows = np.asarray(training.tokens[:None if check else copies_from // packed * packed])
+training_rows = training_rows.reshape(-1, packed) if packed > 1 else training_rows[None]
+eos = held_out.tokenizer["special_tokens"].get("<|endoftext|>") if packed > 1 else None
+if eos == training.tokens[0]:
+    eos = None                                                      # rows of packed documents
+training_rows = without_padding(training_rows)
+training_counts = np.bincount(training_rows[training_rows >= 0], minlength=V)
+if scorer == "auto":
+    scorer = "" if check else "gpt2-large"
+judges = [name for name in scorer.split(",") if name and num_samples]
 score_of = {Path(name).name: scorers.load(name, held_out, machine) for name in judges}
 if len(score_of) < len(judges):
     fail(f"scorer={scorer}: two of them have the same name")
@@ -304,8 +347,6 @@ for name in sources:
     net, kind = ckpt.build_model(checkpoint, machine.device), checkpoint["kind"]
     for n_steps in wanted if num_samples else ():
         default, swept = ways(kind, n_steps)
-        if sweep_samples and len(swept) > 2:
-            swept = near(checkpoint, net, n_steps, swept, rows[0])
         scored = {}
         for way in dict.fromkeys(default + swept):                  # each once
             temperature, noise_scale = way

@@ -10,8 +10,9 @@ so is a page of the training text. Each of these catches what another misses:
   models are compared at the same entropy, the data's;
 - **the error** (`bootstrap`): other samples would have given another number.
 
-Shapes: n samples of L tokens, V vocabulary. `samples` (n, L) are ids of any integer type; counts
-(V,) are occurrences of each token, np.bincount(tokens, minlength=V). Nats throughout.
+Shapes: n samples of L tokens, V vocabulary. `samples` (n, L) are ids of any integer type; where
+texts are shorter than L, the rest of a row is negative and counts nowhere. counts (V,) are
+occurrences of each token, np.bincount(tokens, minlength=V). Nats throughout.
 """
 
 from collections.abc import Callable
@@ -23,75 +24,81 @@ from numpy import ndarray
 # ------------------------------------------------------------------------------------------ variety
 
 def ngram_ids(samples: ndarray, n: int) -> ndarray:
-    """A number for each n-gram, equal only for equal n-grams, 0, 1, ..: (rows, L - n + 1).
+    """A number for each n-gram, equal only for equal n-grams, 0, 1, ..: (rows, L - n + 1). -1 where
+    it reaches past the end of a text.
 
     Exact, where hashes could collide: the number of its first n - 1 tokens and one more token are a
     pair, and pairs are numbered in turn. Raises ValueError for n > L."""
     rows, L = samples.shape
     if n > L:
         raise ValueError(f"samples of {L} tokens have no {n}-grams")
-    V = int(samples.max()) + 1
+    V = int(samples.max()) + 2
     names = np.zeros((rows, L + 1), dtype=np.int64)                 # the 0-gram, in L + 1 places
     for i in range(n):
-        pairs = names[:, :-1] * V + samples[:, i:]                  # (rows, L - i)
+        pairs = names[:, :-1] * V + samples[:, i:] + 1              # (rows, L - i)
         names = np.unique(pairs, return_inverse=True)[1].reshape(pairs.shape)
-    return names
+    return np.where(samples[:, n - 1:] < 0, -1, names)
 
 
 def counts_by_row(names: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """The occurrences of each name in each row of names (n, L): name, row, count, (N,) each."""
+    """The occurrences of each name in each row of names (n, L), negative ones left out: name, row,
+    count, (N,) each."""
     n = len(names)
     keys, counts = np.unique(names.astype(np.int64) * n + np.arange(n)[:, None], return_counts=True)
+    keys, counts = keys[keys >= 0], counts[keys >= 0]
     return keys // n, keys % n, counts
 
 
 def sample_entropies(samples: ndarray) -> ndarray:
-    """H = -sum_v p_v log p_v of each sample's own tokens, p_v = (count of v) / L: (n,)."""
+    """H = -sum_v p_v log p_v of each sample's own tokens, p_v = (count of v) / length: (n,)."""
     _, row, count = counts_by_row(samples)
-    p = count / samples.shape[1]
-    return np.bincount(row, -p * np.log(p))
+    p = count / np.bincount(row, count)[row]
+    return np.bincount(row, -p * np.log(p), len(samples))
 
 
 def self_bleu(samples: ndarray, order: int = 4) -> ndarray:
     """BLEU of each sample with all others as references: (n,) in [0, 1], 1 if it occurs twice.
 
         BLEU = (p_1 .. p_order)^(1 / order),
-        p_k = sum_g min(c(g), max over the others of c'(g)) / (L - k + 1),
+        p_k = sum_g min(c(g), max over the others of c'(g)) / (the number of its k-grams),
 
-    over the sample's k-grams g, each of which it has c(g) times. No brevity penalty, since lengths
-    are equal, and no smoothing: without a match of some order it is 0. It takes no n^2 comparisons:
-    the largest count among the others is the largest of all, or the second largest for the sample
-    that has the largest. Raises ValueError for n < 2 and for L < order."""
-    n, L = samples.shape
+    over the sample's k-grams g, each of which it has c(g) times. No brevity penalty, as if lengths
+    were equal, and no smoothing: without a match of some order it is 0. It takes no n^2
+    comparisons: the largest count among the others is the largest of all, or the second largest for
+    the sample that has the largest. Raises ValueError for n < 2 and for L < order."""
+    n = len(samples)
     if n < 2:
         raise ValueError("self_bleu needs at least two samples")
     precisions = np.empty((order, n))
     for k in range(1, order + 1):
         gram, row, count = counts_by_row(ngram_ids(samples, k))
         gram, row, count = (column[count.argsort()] for column in (gram, row, count))
-        owner, largest, second = np.zeros((3, gram.max() + 1), dtype=np.int64)
+        owner, largest, second = np.zeros((3, gram.max(initial=0) + 1), dtype=np.int64)
         owner[gram], largest[gram] = row, count                     # the last one written stays
         owns = owner[gram] == row
         second[gram[~owns]] = count[~owns]
         clipped = np.minimum(count, np.where(owns, second[gram], largest[gram]))
-        precisions[k - 1] = np.bincount(row, clipped) / (L - k + 1)
+        precisions[k - 1] = np.bincount(row, clipped, n) / np.bincount(row, count, n).clip(1)
     return precisions.prod(0) ** (1 / order)
 
 
 def distinct_ngrams(samples: ndarray, n: int) -> float:
     """Different n-grams / n-grams, in all samples together. Compare equally many samples."""
     names = ngram_ids(samples, n)
-    return float(names.max() + 1) / names.size
+    names = names[names >= 0]
+    return len(np.unique(names)) / max(1, len(names))
 
 
 def distinct(samples: ndarray) -> float:
     """Different samples / samples."""
-    return len(np.unique(samples, axis=0)) / len(samples)
+    return len({row.tobytes() for row in samples}) / len(samples)
 
 
-def palindromes(samples: ndarray) -> ndarray:
-    """Which samples read the same backwards: (n,) bool."""
-    return (samples == samples[:, ::-1]).all(1)
+def verbatim(samples: ndarray, training: ndarray) -> ndarray:
+    """Which samples are, as a whole, a row of the training text (m, L): (n,) bool. Exact."""
+    sought = [row.tobytes() for row in samples.astype(training.dtype)]
+    found = set(sought).intersection(row.tobytes() for row in training)
+    return np.array([row in found for row in sought])
 
 
 # -------------------------------------------------------------------- the right words, and new text
@@ -101,7 +108,8 @@ def rare_shares(samples: ndarray, data_counts: ndarray, k: int) -> ndarray:
     commonest = np.argsort(-data_counts.astype(np.int64), kind="stable")[:k]
     rare = np.ones(len(data_counts), dtype=bool)
     rare[commonest] = False
-    return rare[samples].mean(1)
+    real = samples >= 0
+    return (rare[samples] & real).sum(1) / real.sum(1)
 
 
 def unigram_kl(data_counts: ndarray, sample_counts: ndarray) -> float:
@@ -125,7 +133,8 @@ def longest_copies(samples: ndarray, training: ndarray) -> ndarray:
     n, L = samples.shape
     training = np.atleast_2d(training)
     V = 1 + max(int(tokens.max(initial=0)) for tokens in (samples, training))
-    sought, text = (np.pad(tokens.astype(np.int64), ((0, 0), (0, 1)), constant_values=end).ravel()
+    sought, text = (np.pad(np.where(tokens < 0, end, tokens.astype(np.int64)), ((0, 0), (0, 1)),
+                           constant_values=end).ravel()
                     for tokens, end in ((samples, V), (training, V + 1)))       # ends never match
     at, text_at = np.arange(sought.size), np.arange(text.size)      # where copies begin, in both,
     name, text_name = np.zeros_like(at), np.zeros_like(text_at)     # and which: the empty span
@@ -194,12 +203,3 @@ def sweep(kind: str, steps: int, temperatures: list, noise_scales: list) -> list
         return ([(temperature, 1.0) for temperature in temperatures if temperature < 1 < steps] +
                 [("argmax", scale) for scale in reversed(noise_scales) if scale <= 1 or steps == 1])
     return [(temperature, 1.0) for temperature in temperatures]
-
-
-def around(temperatures: list, entropies: list[float], target: float, error: float) -> list:
-    """The temperatures of a rising sweep that `entropy_matched` needs: neighbours with the target
-    between their entropies, up to the error. The nearest two if it is beyond the sweep."""
-    pairs = [pair for pair, (h0, h1) in zip(pairwise(temperatures), pairwise(entropies))
-             if h0 - error <= target <= h1 + error]
-    beyond = temperatures[-2:] if entropies[-1] < target else temperatures[:2]
-    return [t for t in temperatures if any(t in pair for pair in pairs)] or beyond

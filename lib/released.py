@@ -68,7 +68,7 @@ def translate(file: dict) -> dict:
         raise ValueError(f"{wrong[0][0]} does not fit the authors' network")
     ema = {name: tensor.float() for name, tensor in zip(weights, average)}
     return dict(format="flm-1", kind="fmlm" if config.flow_map else "flm",
-                model_config=asdict(config), model=ema, ema=ema, clock_embedding_share=0.0,
+                model_config=asdict(config), ema=ema, clock_embedding_share=0.0,
                 settings={}, step=file.get("global_step", 0), tokenizer=None, vocabulary=None)
 
 

@@ -17,6 +17,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+# OpenMP's threads spin while they wait: with another program on their core, at its cost and their
+# own (docs/speed.md). OpenMP reads this when PyTorch is imported, so programs import this first.
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
 
 def fail(message: str) -> NoReturn:
     """Report a user error in one line on stderr and end with status 1."""

@@ -3,6 +3,7 @@
 The baselines and eval/evaluate.py as programs: trained, distilled and judged at toy size.
 """
 
+import importlib
 import json
 import math
 import shutil
@@ -15,7 +16,9 @@ import pytest
 import torch
 from programs import QUICK, TINY, inside, log, mistake, quick_run, same
 
+import baselines.ar
 import flow
+from data import corpus, tokenizer
 from data.loader import Data, tokenizer_from_dict
 from eval import metrics
 from lib import checkpoint as ckpt
@@ -204,6 +207,104 @@ def test_tokens_of_another_vocabulary_are_not_taken_for_ours(trained, tmp_path):
     assert held == none == theirs
 
 
+# ------------------------------------------------------------------------------ lines
+
+
+def write_lines_set(folder, lines, checker=None):
+    """A set of lines as rows of 9 characters, the first four also held out. Its encoding."""
+    enc = tokenizer.char_encoding("".join(lines) + " ", "lines", ("<|endoftext|>",))
+    rows = np.full((len(lines), 9), enc.eot_token)
+    for row, line in zip(rows, lines):
+        ids = enc.encode(f" {line}")
+        row[:len(ids)] = ids
+    corpus.write_bins(folder, enc, [rows], [rows[:4]], 9, checker=checker)
+    return enc
+
+
+def write_texts(path, texts):
+    path.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+
+
+def judge_texts(tmp_path, texts, *words):
+    """What evaluate.py printed, and the row of the texts, beside the set tmp_path / "lines"."""
+    write_texts(tmp_path / "texts.jsonl", texts)
+    said = quick_run(EVALUATE, f"--source={tmp_path / 'texts.jsonl'}", *CPU, *words,
+                     f"--dataset={tmp_path / 'lines'}", f"--out={tmp_path / 'rows.json'}")
+    return said, json.loads((tmp_path / "rows.json").read_text())["rows"][1]
+
+
+def test_a_checker_finds_every_mistake_without_a_scorer(tmp_path):
+    write_lines_set(tmp_path / "lines", ["abcddcba", "aabbbbaa", "bbaaaabb", "ccaaaacc"] * 3,
+                    "data.palindromes.prepare")
+    texts = ["abccccba", "abccccba", "abcddcba", "dbccccba", "abccccbd", "abc", "a", "abcdabcd"]
+    said, row = judge_texts(tmp_path, texts)
+    assert row["samples"] == 8 and row["valid"]["value"] == 3 / 8
+    assert (row["valid"]["low"], row["valid"]["high"]) == metrics.wilson(np.arange(8) < 3)
+    assert row["different"]["value"] == 7 / 8 and row["verbatim"]["value"] == 1 / 8
+    check = importlib.import_module("data.palindromes.prepare").check
+    kinds = [(kind["kind"], kind["count"], kind["text"]) for kind in row["mistakes"]]
+    assert kinds == [("letters differ", 4, "dbccccba"), ("wrong length", 1, "a")]
+    for kind in row["mistakes"]:
+        assert kind["mistake"] == check(kind["text"])
+        assert f"{kind['count']:6}  {kind['mistake']}\n          {kind['text']}" in said
+    assert not any("perplexity" in key for key in row)
+
+
+def test_padding_counts_nowhere(tmp_path):
+    """Texts of a set of lines end before the first end of text. Two texts differ only after it."""
+    lines = ["abab", "aabc", "c", "bbbbbbbb", "abcabcab", "cc"]
+    enc = write_lines_set(tmp_path / "lines", lines)
+    eos, a, space = enc.eot_token, *enc.encode("a ")
+    records = [dict(text="a", tokens=[space, a, eos, *[tail] * 6]) for tail in (eos, a)]
+    (tmp_path / "tokens.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    quick_run(EVALUATE, f"--source={tmp_path / 'tokens.jsonl'}", "--scorer=", *CPU,
+              f"--dataset={tmp_path / 'lines'}", f"--out={tmp_path / 'rows.json'}")
+    held_out, row = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["different"]["value"] == 1 / 2 and row["entropy"]["value"] == math.log(2)
+    assert row["longest_copy"]["value"] == 2 and row["verbatim"]["value"] == 0
+    entropies = [metrics.sample_entropies(np.array([enc.encode(f" {line}")]))[0]
+                 for line in lines[:4]]
+    assert held_out["entropy"]["value"] == pytest.approx(np.mean(entropies))
+    assert held_out["verbatim"]["value"] == 1
+    assert held_out["entropy"] == judge_texts(tmp_path, lines[:4], "--scorer=")[1]["entropy"]
+
+
+def test_a_scorer_reads_lines_without_their_padding(tmp_path, monkeypatch):
+    """A foreign one their text; ours the tokens before the first end of text."""
+    enc = write_lines_set(tmp_path / "lines", lines := ["abab", "aabc", "c", "bb"] * 8)
+    quick_run("train.py", f"--dataset={tmp_path / 'lines'}", f"--out_dir={tmp_path}", *QUICK,
+              *TINY[:-2], "--block_size=9", "--batch_size=8", "--method=ar")
+    net = ckpt.build_model(ckpt.load_checkpoint(tmp_path / "ar.pt", "ar"), torch.device("cpu"))
+    nats, count = 0.0, 0
+    for line in lines[:4]:
+        y = torch.tensor([enc.encode(f" {line}") + [enc.eot_token] * (8 - len(line))])
+        with torch.no_grad():
+            nats += baselines.ar.loss(net, None, y, torch.ones(1), None)[1][0, :len(line) + 1].sum()
+        count += len(line) + 1
+    _, row = judge_texts(tmp_path, lines[:4], f"--scorer={tmp_path / 'ar.pt'}")
+    assert row["perplexity ar.pt"]["value"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    read = []
+
+    def tokenizer(text, add_special_tokens):
+        read.append(text)
+        return dict(input_ids=[ord(c) for c in text])
+    tokenizer.bos_token_id = tokenizer.eos_token_id = 1
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
+        AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: tokenizer),
+        AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda name, dtype: Foreign())))
+    inside(monkeypatch, EVALUATE, f"--source={tmp_path / 'texts.jsonl'}", *CPU, "--scorer=some/lm",
+           f"--dataset={tmp_path / 'lines'}")
+    assert sorted(read) == sorted(lines[:4] * 2)                    # held out, and of the file
+
+
+def test_a_checker_that_is_none_is_one_line(tmp_path, monkeypatch):
+    for checker in ("data.nothing", "data.loader", 5):
+        write_lines_set(tmp_path / "lines", ["abab", "aabc"] * 3, checker)
+        assert f"names the checker {checker}, which has no check(text)" in mistake(
+            monkeypatch, EVALUATE, f"--source={tmp_path}/x.jsonl",
+            f"--dataset={tmp_path / 'lines'}")
+
+
 def test_temperatures_are_matched(trained, tmp_path):
     """The perplexity where the sweep crosses the data's entropy lies between its neighbours, also
     for a one-step flow, whose tokens are drawn."""
@@ -254,22 +355,6 @@ def test_gamma_draws_fresh_noise_for_flows_and_flow_maps(trained, tmp_path):
     for kind in (1, 2):
         assert still[kind] == again[kind]
         assert still[kind]["perplexity ar.pt"] != stirred[kind]["perplexity ar.pt"]
-
-
-def test_a_first_look_leaves_out_what_is_far_from_the_data(trained, tmp_path):
-    """What is kept is judged as in the whole sweep, and gives the same perplexity at the data's
-    entropy."""
-    words = [names(trained[0], "mdlm", "fmlm"), "--steps=1", "--num_samples=40",
-             "--temperatures=argmax,0.0001,0.0002,1,50,100"]
-    records = [judged(trained, tmp_path, *words, *more)[1]
-               for more in ([], ["--sweep_samples=20"])]
-    whole, part = (record["rows"][1:] for record in records)
-    assert len(part) < len(whole) and all(row in whole for row in part)
-    assert [row["temperature"] for row in part if row["kind"] == "fmlm"][0] == "argmax"
-    assert 1.0 in [row["temperature"] for row in part if row["kind"] == "mdlm"]     # its default
-    values = [[by_steps["1"]["ar.pt"]["value"] for by_steps in record["matched"].values()]
-              for record in records]
-    assert values[0] == values[1]
 
 
 def test_discrete_distillation_resumes_after_a_round(trained, tmp_path, monkeypatch):
@@ -325,7 +410,7 @@ def test_a_discrete_distillation_that_diverges_says_so(trained, tmp_path):
     ("train.py", "--method=gan", "choose flm, ar, dense, duo, mdlm, mse, noclock"),
     ("sample.py", "--init_from=OUT/mdlm.pt", "is a baseline (mdlm), which sample.py would read as"),
     ("eval/evidence.py", "--report --results=nowhere", "no measurements in nowhere"),
-    ("eval/evidence.py", "--sets=mnist --report", "sets=mnist: choose palindromes, pydocs"),
+    ("eval/evidence.py", "--sets=mnist --report", "sets=mnist: choose palindromes, stories"),
 ])
 def test_mistakes(program, words, complaint, trained, monkeypatch):
     out, data = trained

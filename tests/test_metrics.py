@@ -50,7 +50,7 @@ def test_names_are_equal_exactly_where_the_ngrams_are(samples, n):
 def test_ids_of_a_narrow_type_do_not_overflow(V, dtype):
     wide = np.random.default_rng(0).choice([0, 1, 2, V - 3, V - 2, V - 1], size=(12, 40))
     narrow = wide.astype(dtype)
-    for function in (metrics.sample_entropies, metrics.self_bleu, metrics.palindromes,
+    for function in (metrics.sample_entropies, metrics.self_bleu,
                      lambda ids: metrics.ngram_ids(ids, 4),
                      lambda ids: metrics.longest_copies(ids[:6], ids[6:])):
         assert np.array_equal(function(narrow), function(wide))
@@ -75,7 +75,8 @@ def bleu(rows, i, order):
     for k in range(1, order + 1):
         others = [Counter(grams(row, k)) for j, row in enumerate(rows) if j != i]
         own = Counter(grams(rows[i], k))
-        product *= sum(min(c, max(o[g] for o in others)) for g, c in own.items()) / own.total()
+        common = sum(min(c, max(o[g] for o in others)) for g, c in own.items())
+        product *= common / max(1, own.total())
     return product ** (1 / order)
 
 
@@ -107,11 +108,34 @@ def test_self_bleu_of_copies_of_strangers_and_of_too_few():
         metrics.self_bleu(np.array([[1, 2, 3], [1, 2, 3]]))
 
 
-def test_palindromes_and_distinct_samples():
-    samples = np.array([[1, 2, 2, 1], [1, 2, 1, 2], [2, 2, 2, 2], [1, 2, 2, 1]], dtype=np.uint16)
-    assert metrics.palindromes(samples).tolist() == [True, False, True, True]
-    assert metrics.palindromes(samples[:, :3]).tolist() == [False, True, True, False]
+def test_distinct_samples_and_whole_copies():
+    samples = np.array([[1, 2, 2, 1], [1, 2, 1, 2], [2, 2, 2, 2], [1, 2, 2, 1]])
     assert metrics.distinct(samples) == 3 / 4
+    for training in (samples[2:], np.array([[1, 2, 2, 1], [3, 1, 2, 1], [2, 2, 2, 2]] * 99)):
+        copied = metrics.verbatim(samples, training.astype(np.uint16))
+        assert copied.tolist() == [True, False, True, True]
+
+
+@examples
+@given(texts(min_rows=2, min_length=4), st.integers(1, 3), st.data())
+def test_what_follows_the_end_of_a_text_counts_nowhere(samples, n, data):
+    """As if the texts were lists of unequal length, which the definitions take."""
+    samples = samples.astype(np.int32)
+    L = samples.shape[1]
+    lengths = data.draw(st.lists(st.integers(1, L), min_size=len(samples), max_size=len(samples)))
+    samples[np.arange(L) >= np.array(lengths)[:, None]] = -1
+    rows = [row[:length] for row, length in zip(samples.tolist(), lengths)]
+    counts, training = np.array([3, 1, 2, 1]), samples[:1]
+    alone = [np.array([row]) for row in rows]
+    assert metrics.sample_entropies(samples) == approx(
+        [metrics.sample_entropies(row)[0] for row in alone])
+    assert metrics.rare_shares(samples, counts, 2).tolist() == [
+        metrics.rare_shares(row, counts, 2)[0] for row in alone]
+    assert metrics.self_bleu(samples, n) == approx([bleu(rows, i, n) for i in range(len(rows))])
+    assert metrics.longest_copies(samples, training).tolist() == [
+        longest_copy(row, rows[:1]) for row in rows]
+    spelled = [gram for row in rows for gram in grams(row, n)]
+    assert metrics.distinct_ngrams(samples, n) == len(set(spelled)) / max(1, len(spelled))
 
 
 # ---------------------------------------------------------------------------------- the right words
@@ -248,14 +272,6 @@ def test_entropy_matched_interpolates_and_never_extrapolates():
     assert metrics.entropy_matched(entropies, log_ppl, 0.99) is None
     assert metrics.entropy_matched(entropies, log_ppl, 4.01) is None
     assert metrics.entropy_matched(entropies[:1], log_ppl[:1], 1.0) is None  # no neighbour
-
-
-@pytest.mark.parametrize("target, error, expected", [
-    (2.5, 0, [2, 3]), (2.05, 0, [2, 3]), (2.05, 0.1, [1, 2, 3]), (3.98, 0.1, [3, 4]),
-    (9, 0, [3, 4]), (0.5, 0, [1, 2]), (0.95, 0.1, [1, 2]), (2.5, 5, [1, 2, 3, 4])])
-def test_around_keeps_what_the_match_needs(target, error, expected):
-    """The temperatures 1 to 4 have the entropies 1 to 4."""
-    assert metrics.around([1, 2, 3, 4], [1.0, 2.0, 3.0, 4.0], target, error) == expected
 
 
 def test_entropy_matched_takes_the_first_crossing_of_a_sweep_that_turns_back():

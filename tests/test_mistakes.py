@@ -73,7 +73,8 @@ def broken(toy, tmp_path_factory):
 
 PARTS = dict(  # of several messages
     given="on the command line: expected",
-    sets="the sets that can be prepared are lm1b, owt, palindromes, pydocs, shakespeare_char",
+    sets="the sets that can be prepared are captions, chat, lm1b, owt, palindromes, "
+         "shakespeare_char, stories, text, tinystories",
     force="run its prepare.py with --force",
     written="bytes where 2,000 tokens of 2 bytes were written; run its prepare.py with --force",
     vocabulary="has another vocabulary than the checkpoint; train on the set it was trained on",

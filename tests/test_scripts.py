@@ -4,6 +4,7 @@ The programs as a user runs them, on a toy set: from data to one-step text, and 
 """
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -57,14 +58,14 @@ def sampled(monkeypatch, path, *options):
 def test_sampling(toy, tmp_path, monkeypatch, capsys):
     options = tmp_path / "texts.jsonl", f"--out_dir={toy[0] / 'out'}", "--dtype=float32"
     texts = sampled(monkeypatch, *options, "--num_samples=3", "--steps", "1")
-    assert "FMLM: 1 network evaluation and" in capsys.readouterr().out
+    assert "\nFMLM       1 " in capsys.readouterr().out
     assert len(texts) == 3 and all(len(text) == 8 for text in texts)
     assert sampled(monkeypatch, *options, "--num_samples=3", "--steps=2,1")[3:] == texts
     assert sampled(monkeypatch, *options, "--num_samples=3", "--seed=2") != texts
     sampled(monkeypatch, *options, "--steps=3", "--gamma=1")
     flow = *options, "--num_samples=9", "--steps=4", "--model=flm"
     texts = sampled(monkeypatch, *flow)
-    assert "FLM: 4 network evaluations" in capsys.readouterr().out
+    assert "\nFLM        4 " in capsys.readouterr().out
     for other in ("--gamma=0.9", "--temperature=0.001", "--noise_scale=0.01"):
         once, again = (sampled(monkeypatch, *flow, other) for _ in range(2))
         assert once == again != texts
@@ -87,7 +88,7 @@ def test_sampling_needs_no_data_folder_and_falls_back_to_the_flow(toy, tmp_path)
     done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path}"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "no flow map" in done.stderr
-    assert "FLM: 1 network evaluation" in done.stdout
+    assert "\nFLM        1 " in done.stdout
 
 
 def test_texts_are_written_even_if_nobody_reads_the_screen(toy, tmp_path):
@@ -105,8 +106,25 @@ def test_plot(toy, tmp_path):
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
     for name in ("flm.jsonl", "fmlm.jsonl"):
         (tmp_path / name).write_bytes((toy[0] / "out" / name).read_bytes())
-    run("eval/plot.py", f"--out_dir={tmp_path}")
+    assert f"wrote {tmp_path / 'loss.png'}" in run("eval/plot.py", f"--out_dir={tmp_path}")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_loss_curves_without_matplotlib(tmp_path, monkeypatch, capsys):
+    """Bars in eighths of the largest loss; a gap where a validation had no such time."""
+    losses = [[8.0] * 10, [4.0] * 9 + [0.5], [2.0] * 8 + [None, 0.0]]
+    (tmp_path / "flm.jsonl").write_text("".join(
+        json.dumps(dict(step=step, val_loss_by_tau=bins)) + "\n"
+        for step, bins in zip((0, 10, 20), losses)))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        inside(monkeypatch, "eval/plot.py", f"--out_dir={tmp_path}")
+    assert stopped.value.code is None and not (tmp_path / "loss.png").exists()
+    title, first, *_, last_but_one, last = capsys.readouterr().out.splitlines()
+    assert title == "Flow: cross-entropy, nats per token of held-out text, steps 0 to 20"
+    assert first == "tau 0.0 to 0.1  █▅▃  8.00 -> 2.00"
+    assert last_but_one == "tau 0.8 to 0.9  █▅   8.00 -> 4.00"
+    assert last == "tau 0.9 to 1.0  █▁▁  8.00 -> 0.00"
 
 # ------------------------------------------------------------------------------ distillation
 
@@ -262,6 +280,32 @@ def test_config_file(toy, tmp_path, monkeypatch):
         assert mistake(monkeypatch, "train.py", config) == f"error: {reason}"
     said = mistake(monkeypatch, "train.py", "config/none.py")
     assert "no config file 'config/none.py'; there are: config/" in said
+
+
+SPY = """
+import os, runpy, sys
+class Spy:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            sys.exit(os.environ.get("GOMP_SPINCOUNT", "unset"))
+sys.meta_path.insert(0, Spy())
+sys.path.insert(0, "")
+runpy.run_path(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py", "sample.py"])
+def test_threads_wait_politely_unless_told_otherwise(script, monkeypatch):
+    """What OpenMP finds in the environment when PyTorch is loaded."""
+    names = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"
+    for name, value, found in ((None, None, "1000"), (names[0], "7", "7"),
+                               (names[1], "active", "unset"), (names[2], "0", "unset")):
+        with monkeypatch.context() as patch:
+            for key in names:
+                patch.delenv(key, raising=False)
+            if name:
+                patch.setenv(name, value)
+            assert run("-c", SPY, script, status=1) == found
 
 
 def test_help_lists_the_settings():
