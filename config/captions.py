@@ -9,7 +9,6 @@
 out_dir = "out/captions"
 dataset = "captions"
 block_size = 16
-position_std = 3.0               # at first larger than the noise, see config/palindromes.py
 batch_size = 256
 max_iters = 3000                 # 9 epochs of 82,000 captions
 learning_rate = 3e-3

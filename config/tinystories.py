@@ -18,7 +18,6 @@ n_layer = 8
 n_head = 8
 n_embd = 512
 block_size = 128
-position_std = 3.0               # at first larger than the noise, see config/palindromes.py
 clock_embedding_share = 0.5      # V = 4,096 tokens in 512 dimensions: the published clock ends
                                  # before rare tokens can be told apart
 batch_size = 512
