@@ -58,7 +58,7 @@ gpu: $(VENV)/dev
 # Where there is no NVIDIA GPU, PyTorch for CPUs: 0.2 GB to download instead of 3. If its index cannot
 # be reached, the second line installs what PyPI has.
 $(VENV)/ready: requirements.txt
-	@echo "== Installing PyTorch and two more packages into $(VENV): about a minute"
+	@echo "== Installing PyTorch and three more packages into $(VENV): about a minute"
 	$(PYTHON) -m venv $(VENV)
 	-@command -v nvidia-smi >/dev/null || $(PIP) --no-deps --retries=0 -r $< \
 		--extra-index-url=https://download.pytorch.org/whl/cpu
