@@ -137,7 +137,7 @@ for n_steps, with_flow in runs:
     table.append(f"{kind:5} {n_steps:6} {alone * 1000:9.1f} {rate:8.1f}")
     if check:
         mistakes = [check(record["text"].strip()) for record in records[-1]]
-        records[-1] = [record | dict(mistake=it) for record, it in zip(records[-1], mistakes)]
+        records[-1] = [record | dict(mistake=m) for record, m in zip(records[-1], mistakes)]
         table[-1] += f" {mistakes.count(None) / num_samples:6.1%}"
 
 if out:

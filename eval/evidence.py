@@ -1,6 +1,6 @@
 """The evidence: every model on the same text, transformer and number of tokens, judged alike.
 
-    python eval/evidence.py --sets=stories                  # two to three hours, two CPU cores
+    python eval/evidence.py --sets=stories                  # hours on two CPU cores
     python eval/evidence.py --sets=palindromes              # many hours
     python eval/evidence.py --report                        # no runs: tables and figures only
     python eval/evidence.py --results=mine                  # everything anew, beside ours

@@ -17,6 +17,7 @@ from programs import QUICK, TINY, inside, log, mistake
 import flow
 import flowmap
 from data import corpus, loader, tokenizer
+from data.lines import line_rows
 from data.loader import find_check, text_of, tokenizer_from_dict
 from lib import checkpoint as ckpt
 
@@ -59,7 +60,7 @@ LINES = ["abccccba", "aabbbbaa", "bbaaaabb", "ccaaaacc"] * 20
 def lines(tmp_path_factory):
     """A run of two steps on palindromes that are lines: rows of ten, padded."""
     folder = tmp_path_factory.mktemp("lines")
-    ids = corpus.line_rows(LINES, ENC, 10)
+    ids = line_rows(LINES, ENC, 10)
     corpus.write_bins(folder / "data", ENC, [ids], [ids[:16]], 10,
                       checker="data.palindromes.prepare")
     with pytest.MonkeyPatch.context() as patch:

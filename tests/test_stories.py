@@ -43,10 +43,7 @@ def test_exactly_the_wrong_words_are_found(few):
             for other in {other for words in classes if bare in words for other in words} - {bare}:
                 changed = " ".join(words[:i] + [other + word[len(bare):]] + words[i + 1:])
                 is_story = changed in few
-                mistake = grammar.check(changed)
-                assert (mistake is None) == is_story, changed
-                assert is_story or f"'{other}'" in mistake or mistake.startswith(
-                    ("another", "same", "wrong", "out of place")), changed
+                assert (grammar.check(changed) is None) == is_story, changed
                 found[is_story] += 1
     assert min(found.values()) > 1000               # both happen
 
@@ -86,11 +83,9 @@ def test_size_of_the_grammar():
 def test_people_are_he_or_she():
     """Pronouns agree with a list of our own, in sentences where only one person can be meant."""
     for word, pronoun in dict(Ann="she", Tom="he", Zoe="she", Finn="he").items():
-        names = grammar.CLASSES["name"]
         story = next(s for n in numbers("lost", 4000, 4) if word == (
             s := grammar.tell("lost", n)).split()[3])
         assert f"and {pronoun} was" in story and f"and {pronoun} is" in story
-        assert word in names
 
 
 STORY = ("One sunny day Tom took an old ball to the park. He lost it there, and he was sad. "

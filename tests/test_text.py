@@ -16,6 +16,7 @@ import regex
 from test_data import own_cache, read_set, write_documents  # noqa: F401  a fixture and two helpers
 
 from data import corpus, loader, tokenizer
+from data.lines import every_20th, line_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD = ["Tom's  cat   was here.\n\nHe said \"don’t\"!\n", "नमस्ते दुनिया\t x-ray e.g. 3.14 ?!", "a",
@@ -103,29 +104,29 @@ def test_an_unknown_word_is_not_spelt_by_letters():
 def test_rows_of_lines_and_how_many_were_left_out(capsys):
     enc = tokenizer.word_encoding(" a b c.", 99, "w")
     lines = ["a b.", "", " c \t b ", "a x", "a b c a b", "a.b", "a b c a"]
-    rows = corpus.line_rows(lines, enc, 4)
+    rows = line_rows(lines, enc, 4)
     assert rows.dtype == np.uint16 and texts_of(enc, rows, 4) == [" a b.", " c b", " a b c a"]
     # "a.b" has "b" without a space, another word than " b".
     assert capsys.readouterr().out == (
         "3 lines kept; left out 2 that the vocabulary cannot spell and 1 of more than 4 tokens\n")
-    assert corpus.line_rows(["x"], enc, 4).shape == (0, 4)
+    assert line_rows(["x"], enc, 4).shape == (0, 4)
 
 
 @pytest.mark.parametrize("words, row_length", [(1, 8), (8, 8), (9, 16), (128, 128), (200, 128)])
 def test_rows_as_long_as_the_longest_line(words, row_length):
     enc = tokenizer.word_encoding(" a", 2, "w")
-    rows = corpus.line_rows(["a", " ".join("a" * words)], enc, None)
+    rows = line_rows(["a", " ".join("a" * words)], enc, None)
     assert rows.shape == (2 if words <= 128 else 1, row_length)
 
 
 @pytest.mark.parametrize("n, held", [(2, [1]), (7, [6]), (20, [19]), (100, [19, 39, 59, 79, 99])])
 def test_held_out_items(n, held):
-    train, val = corpus.every_20th(range(n))
+    train, val = every_20th(range(n))
     assert val == held and sorted(train + val) == list(range(n))
 
 
 def test_held_out_runs_of_neighbours():
-    _, val = corpus.every_20th(range(4000))
+    _, val = every_20th(range(4000))
     assert val == [i for run in range(380, 4000, 400) for i in range(run, run + 20)]
 
 

@@ -22,17 +22,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the top folder
 from data import corpus
+from data.lines import prepare_lines, read_text
 
 URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task2/raw/train.{}.en.gz"
 
 
 def read(args: Namespace) -> Iterable[tuple[str, ...]]:
     """The captions of each picture: line n of each of the five files describes picture n."""
-    texts = ([corpus.read_text(args.file)] if args.file else
+    texts = ([read_text(args.file)] if args.file else
              [gzip.decompress(corpus.download(URL.format(n))).decode() for n in range(1, 6)])
     return zip(*(text.lower().splitlines() for text in texts))
 
 
 if __name__ == "__main__":
-    corpus.run(lambda: corpus.prepare_lines(
+    corpus.run(lambda: prepare_lines(
         __doc__, Path(__file__).parent, read, vocab_size=4096, block_size=16, source=URL))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the top folder
 from data import corpus
+from data.lines import prepare_lines
 from lib.settings import fail
 
 PACKAGE = "chitchat-dataset==0.9.0"
@@ -67,5 +68,5 @@ def read(args: Namespace) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    corpus.run(lambda: corpus.prepare_lines(
+    corpus.run(lambda: prepare_lines(
         __doc__, Path(__file__).parent, read, vocab_size=1000, block_size=16, source=PACKAGE))

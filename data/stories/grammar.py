@@ -78,6 +78,7 @@ PLOTS = {name: plot.split() for name, plot in dict(
 
 
 class Slot(NamedTuple):
+    """The parts of a slot such as {him:name2} or {food}s."""
     form: str                        # of a pronoun, or ""
     name: str                        # toy2
     kind: str                        # toy, its class
@@ -104,7 +105,7 @@ def in_form(form: str, person: str) -> str:
 
 
 def options(slot: Slot, said: dict[str, str]) -> list[str]:
-    """The words that may fill a slot after what was `said`, a dictionary from slots to words."""
+    """The words that may fill a slot, where `said` holds the words of earlier slots by name."""
     form, name, kind, plural = slot
     if value := said.get(name):
         return [in_form(form, value) if form else value + plural]

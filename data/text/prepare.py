@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the top folder
 from data import corpus
+from data.lines import prepare_lines, read_text
 
 
 if __name__ == "__main__":
-    corpus.run(lambda: corpus.prepare_lines(
+    corpus.run(lambda: prepare_lines(
         __doc__, Path(__file__).parent, vocab_size=4096, block_size=None, source=None,
-        read=lambda args: zip(corpus.read_text(args.file).splitlines())))
+        read=lambda args: zip(read_text(args.file).splitlines())))
