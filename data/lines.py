@@ -112,6 +112,8 @@ def prepare_lines(doc: str, folder: Path, read: Callable[[Namespace], Iterable[I
                            folder.name)
         train = line_rows(train, enc, args.block_size)
         val = line_rows(val, enc, train.shape[1])
+        if not (len(train) and len(val)):
+            fail("too few lines are left; raise --block_size or --vocab_size")
     else:
         text = read_text(args.file)
         first = len(text) * 19 // 20  # held out, from the next line on, or the next word
@@ -124,4 +126,4 @@ def prepare_lines(doc: str, folder: Path, read: Callable[[Namespace], Iterable[I
     if not source:  # the others have a file in config/
         dataset = folder.name if args.out_dir == folder else args.out_dir
         row = f" --block_size={length}" if length else ""
-        print(f"next: python train.py --dataset={dataset} --out_dir=out/{folder.name}{row}")
+        print(f"next: python train.py --dataset={dataset} --out_dir=out/{args.out_dir.name}{row}")

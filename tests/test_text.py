@@ -163,7 +163,7 @@ def test_own_text_as_lines(prepare, tmp_path, kind, size, V):
     assert (lost > 0) == ("left out" in out) == (size == 15)
     counts = [int(n) for n in regex.findall(r"left out (\d+) that .* and 0 of more", out)]
     assert sum(counts) == lost
-    assert f"next: python train.py --dataset={tmp_path / 'out'} --out_dir=out/text " in out
+    assert f"next: python train.py --dataset={tmp_path / 'out'} --out_dir=out/out " in out
     assert f"--block_size={L}\n" in out
 
 
@@ -203,9 +203,9 @@ def test_a_stream_leaves_out_lines_with_rare_words(prepare, tmp_path):
     (b"a b\nb a\n", "--lines --tokenizer bpe --vocab_size 99",
      "vocab_size 99: the text only yields "),
     (b"a b\nb a\n", "--lines --vocab_size 2",
-     "too little text for the train split (not one row of 8 tokens)"),
+     "too few lines are left; raise --block_size or --vocab_size"),
     (b"a b\nb a\n", "--lines --block_size 1",
-     "too little text for the train split (not one row of 1 tokens)"),
+     "too few lines are left; raise --block_size or --vocab_size"),
     (b"a b\n", "--lines --block_size 0", "--block_size must be at least 1 and needs --lines"),
     (b"a b\n", "--block_size 8", "--block_size must be at least 1 and needs --lines"),
 ])
