@@ -6,15 +6,15 @@
     python sample.py --steps=1,2,4,8 --flow_steps=64
 
 Each word of a story must agree with what was told before, as each letter of a palindrome with its
-partner. Depth and positions as large as the noise help that most, width little: see
-results/stories/tried.md. The number of steps is a guess.
+partner. Depth and positions as large as the noise helped most on an earlier grammar. After these
+1,000 steps 3.5% of the stories are valid, so this recipe is a start: results/stories/tried.md.
 """
 
 out_dir = "out/stories"
 dataset = "stories"
 n_layer = 6
 n_embd = 128
-position_std = 1.0               # 0.1 has the same loss, but half as many valid stories
+position_std = 1.0               # with 0.1 half as many stories were valid, at the same loss
 learning_rate = 6e-3
 min_lr = 2e-5
 optimizer = "muon"

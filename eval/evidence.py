@@ -60,7 +60,7 @@ SETS = {  # clean: positions as large as the rows of the embedding, where clean 
         rival_iters=FLOW["max_iters"] + MAP["max_iters"] * MAP["batch_size"] // FLOW["batch_size"],
         optimizers=("muon", "adamw"),
         fixed={"flm": FLOW["learning_rate"], "psd": MAP["learning_rate"]},      # not searched here
-        clean="--position_std=0.066", models=(["flm", "psd", "mdlm", "duo"], []),
+        clean="--position_std=0.069", models=(["flm", "psd", "mdlm", "duo"], []),
         steps="1,2,4,8,16,64,128", rivals=("--temperatures=0.5,1",),
         judging=(f"--num_samples={texts}",))}
 

@@ -101,8 +101,8 @@ def options(slot: Slot, said: dict[str, str]) -> list[str]:
 
 def count(plot: str) -> int:
     """How many different stories a plot has."""
-    return math.prod(len(CLASSES[kind]) for kind in {slot.kind for slot in map(read, PLOTS[plot])
-                                                     if slot})
+    kinds = {slot.kind for slot in map(read, PLOTS[plot]) if slot}
+    return math.prod(len(CLASSES[kind]) for kind in kinds)
 
 
 def tell(plot: str, number: int) -> str:
