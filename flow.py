@@ -29,13 +29,17 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------ the loss
 
-def loss(model: Callable, clock: "Clock", y: Tensor, tau: Tensor, rng: torch.Generator
-         ) -> tuple[Tensor, Tensor]:
+def loss(model: Callable, clock: "Clock", y: Tensor, tau: Tensor, rng: torch.Generator,
+         replaced_share: float = 0.0) -> tuple[Tensor, Tensor]:
     """The loss of an FLM on tokens y (B, L) at clock times tau (B,), with noise from rng: the mean
-    cross-entropy of the denoiser in nats per token, and each token's, (B, L), without gradient."""
+    cross-entropy of the denoiser in nats per token, and each token's, (B, L), without gradient.
+
+    replaced_share: how many of a text's tokens are wrong under the noise, at most; see `replace`.
+    """
     E = model.embed.weight                                          # (V, d)
     z0 = latent_noise(E, y.shape, rng)                              # (B, L, d), the law of x0 E
-    z = corrupt(E, y, clock.t_of_tau(tau), z0)                      # (1 - t) z0 + t E[y]
+    shown = replace(y, replaced_share, rng) if replaced_share else y
+    z = corrupt(E, shown, clock.t_of_tau(tau), z0)                  # (1 - t) z0 + t E[shown]
     hidden = model(z, tau)                                          # (B, L, d)
     return cross_entropy(model.head, hidden, y)
 
@@ -166,6 +170,19 @@ def latent_noise(E: Tensor, shape: tuple[int, int], rng: torch.Generator,
 def corrupt(E: Tensor, y: Tensor, t: Tensor, z0: Tensor) -> Tensor:
     """z_t = x_t E = (1 - t) z0 + t E[y], (B, L, d): tokens y (B, L), times t (B,), noise z0."""
     return torch.lerp(z0, F.embedding(y, E), per_sample(t, z0))
+
+
+def replace(y: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """Tokens y (B, L), some of them those of the previous row at the same place: in each row a
+    share of its own, uniform on [0, share].
+
+    A network that never saw a wrong token trusts each token it can read. But a sampler's state does
+    hold wrong ones: those of its own early moves. Trained on such texts, the network denoises from
+    the rest of the text as well. Its D is no longer the denoiser of the text alone.
+    """
+    chance = share * torch.rand(len(y), 1, generator=rng, device=y.device)
+    replaced = torch.rand(y.shape, generator=rng, device=y.device) < chance
+    return torch.where(replaced, y.roll(1, dims=0), y)
 
 
 def per_sample(scalar: Tensor, z: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ time_scale = 30.0                # ours: spreads tau over its sinusoids' phases;
 attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
 clock_embedding_share = 0.0      # of a clock that counts what d dimensions show; 0 = published
+replaced_share = 0.0             # ours: up to this share of a text's tokens is wrong in the input
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
@@ -83,7 +84,9 @@ require_choice("method", method, ["flm", *(name for name in baselines if name !=
 require_trainable(settings)
 require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
 require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
-require_in(settings, "[0, 1]", "clock_embedding_share")
+require_in(settings, "[0, 1]", "clock_embedding_share", "replaced_share")
+if replaced_share and method != "flm":
+    fail(f"replaced_share is for method=flm; add --replaced_share=0 for {method}")
 if method == "ar" and attention_softcap:
     fail("method=ar has no soft cap on its attention; add --attention_softcap=0")
 
@@ -119,7 +122,8 @@ path = Path(out_dir) / f"{method}.pt"
 model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
               if field.name in settings}
 checkpoint = ckpt.load_resumable(path, method, init_from, settings,
-                                 [*model_args, "clock_embedding_share", *ckpt.FIXED], machine)
+                                 [*model_args, "clock_embedding_share", "replaced_share", *ckpt.FIXED],
+                                 machine)
 torch.manual_seed(seed)
 if checkpoint:
     ckpt.require_same_vocabulary(checkpoint, data)
@@ -143,8 +147,9 @@ class Loss(nn.Module):
         self.net = net
 
     def forward(self, y, tau, rng):
+        extra = {"replaced_share": replaced_share} if replaced_share else {}
         with machine.autocast():
-            return method_module.loss(self.net, clock, y, tau, rng)
+            return method_module.loss(self.net, clock, y, tau, rng, **extra)
 
 
 training_loss = Loss(torch.compile(model, dynamic=False) if compile else model)

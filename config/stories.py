@@ -18,6 +18,7 @@ position_std = 1.0               # with 0.1 half as many stories were valid, at 
 learning_rate = 6e-3
 min_lr = 2e-5
 optimizer = "muon"
+replaced_share = 0.15
 warmup_iters = 50
 max_iters = 1000
 eval_iters = 4

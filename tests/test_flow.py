@@ -162,6 +162,42 @@ def test_corrupt_is_the_interpolant_seen_through_E():
     assert torch.allclose(corrupt(E, y, t, x0 @ E), x @ E)
 
 
+def test_replaced_tokens_are_those_of_the_row_before_at_the_same_place():
+    rows, L, share = 4000, 50, 0.4
+    y = torch.arange(rows)[:, None] * L + torch.arange(L)           # every token is its own place
+    shown = flow.replace(y, share, generator(1))
+    wrong = shown != y
+    assert torch.equal(shown[wrong], y.roll(1, 0)[wrong])
+    # A row's count given its share p ~ U(0, share) is binomial: mean and variance by total law.
+    count = wrong.double().sum(1)
+    mean = L * share / 2
+    variance = L * (share / 2 - share ** 2 / 3) + (L * share) ** 2 / 12
+    assert count.mean().item() == pytest.approx(mean, abs=5 * (variance / rows) ** 0.5)
+    assert count.var().item() == pytest.approx(variance, rel=0.1)
+
+
+def test_the_loss_asks_for_the_text_behind_replaced_tokens():
+    """A head that reads the nearest embedding from an input without noise, tau = 1: it is wrong
+    at the replaced tokens and nowhere else."""
+    V, B, L = 11, 6, 40
+    E = torch.randn(V, 64, generator=torch.Generator().manual_seed(0))
+    head = torch.nn.Linear(64, V, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.linalg.pinv(E).T * 100)
+
+    def model(z, tau):
+        return z
+    model.embed, model.head = torch.nn.Embedding.from_pretrained(E), head
+    y = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(1))
+    for share in (0.0, 0.5):
+        _, losses = flow.loss(model, Clock(V), y, torch.ones(B), generator(2), share)
+        rng = generator(2)
+        latent_noise(E, y.shape, rng)
+        shown = flow.replace(y, share, rng)
+        assert torch.equal(losses > 1, shown != y)
+        assert (shown != y).any() == bool(share)
+
+
 def test_euler_step_is_the_velocity_times_the_time():
     z, D = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     s, t = torch.tensor([[0.1, 0.5, 0.0], [0.2, 1.0, 0.0]]).double()

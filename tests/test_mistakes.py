@@ -120,6 +120,9 @@ CASES = [
     ("train.py --n_layer=0", "n_layer=0: must lie in [1, inf)"),
     ("train.py --n_head=3", "n_embd=16 must be an even multiple of n_head=3"),
     ("train.py --dropout=2", "dropout=2.0: must lie in [0, 1)"),
+    ("train.py --replaced_share=1.5", "replaced_share=1.5: must lie in [0, 1]"),
+    ("train.py --method=mdlm --replaced_share=0.1", "replaced_share is for method=flm; add "
+     "--replaced_share=0 for mdlm"),
     ("train.py --clock_embedding_share=2", "clock_embedding_share=2.0: must lie in [0, 1]"),
     ("train.py --seed=-1", "seed=-1: must lie in [0, inf)"),
     ("train.py --learning_rate=1e-5", "the cosine would rise from learning_rate=1e-05 to "
@@ -330,7 +333,8 @@ def test_a_bug_keeps_its_traceback(toy, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("script, key, value", [
-    ("train.py", "clock_embedding_share", 0.5), ("train.py", "beta2", 0.5),
+    ("train.py", "clock_embedding_share", 0.5), ("train.py", "replaced_share", 0.5),
+    ("train.py", "beta2", 0.5),
     ("train.py", "gradient_accumulation_steps", 2), *(("distill.py", *item) for item in dict(
         self_distill=True, diagonal_share=0.25, full_jump_share=0.5, full_jump_ramp=True,
         split=0.2, target_ema=True, dropout=0.2, teacher_temperature=1.2).items())])

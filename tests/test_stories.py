@@ -11,19 +11,18 @@ import pytest
 from data.loader import tokenizer_from_dict
 from data.stories import grammar
 
-FEW = dict(weather="cold warm", time="day evening", name="Ann Tom", size="big little",
-           toy="ball drum", place="lake zoo", friend="Amy Sam", sad="angry sad", happy="glad happy",
+FEW = dict(weather="cold warm", time="Sunday evening", name="Ann Tom", looks="big little",
+           toy="ball drum", place="lake zoo", friend="Amy Sam", sad="upset sad", happy="glad happy",
            room="attic barn", colour="blue red", gift="bell shell", kin="aunt uncle",
-           glue="glue wire", cover="rock tree", low="log table", looks="furry thin",
-           animal="cat dog", food="pear plum")
-FORMS = ["He She", "he she", "His Her", "his her", "him her"]       # classes, too
+           glue="glue wire", nature="furry thin", animal="cat dog", food="pear plum")
+FORMS = ["He She", "he she", "His Her", "him her"]       # classes, too
 
 
 @pytest.fixture
 def few(monkeypatch):
     """The grammar with a few words, and the set of all its stories."""
     assert FEW.keys() == grammar.CLASSES.keys()
-    monkeypatch.setattr(grammar, "HE", {"Tom", "Sam", "uncle"})
+    monkeypatch.setattr(grammar, "HE", {"Tom", "Sam"})
     for kind, words in FEW.items():
         monkeypatch.setitem(grammar.CLASSES, kind, words.split())
     told = [grammar.tell(plot, n) for plot in grammar.PLOTS for n in range(grammar.count(plot))]
@@ -54,9 +53,10 @@ def test_a_class_has_its_own_words_and_a_fits_before_each():
     assert len(set(words)) == len(words) and not plots & set(words)
     for plot in grammar.PLOTS.values():
         for word, following in zip(plot, plot[1:]):
-            if word == "a":
-                assert not any(option[0] in "aeiou"
-                               for option in grammar.options(grammar.read(following), {}))
+            if word in ("a", "A"):
+                slot = grammar.read(following)
+                options = grammar.options(slot, {}) if slot else [following]
+                assert not any(option[0] in "aeiou" for option in options)
 
 
 def test_longer_shorter_and_foreign_texts_are_no_stories(few):
@@ -93,14 +93,15 @@ def test_size_of_the_grammar():
 
 def test_people_are_he_or_she():
     """Pronouns agree with a list of our own, in sentences where only one person can be meant."""
-    for word, pronoun in dict(Ann="she", Tom="he", Rose="she", Jack="he").items():
+    for word, pronoun in dict(Ann="she", Tom="he", Mia="she", Ben="he").items():
         story = next(s for n in numbers("lost", 4000, 4) if word == (
             s := grammar.tell("lost", n)).split()[3])
         assert f"and {pronoun} was" in story and f"and {pronoun} is" in story
 
 
-STORY = ("One sunny day Tom took a new kite to the park. He lost it there, and he was sad. "
-         "Amy found the kite and gave it back. Now Tom has the new kite again, and he is glad.")
+STORY = ("One sunny evening Tom took a new kite to the park. He lost it there, and he was very "
+         "sad. Then Amy found the kite and gave it right back. Now Tom has the kite, and he is "
+         "glad.")
 
 
 @pytest.mark.parametrize("old, new, mistake", [
@@ -111,7 +112,7 @@ STORY = ("One sunny day Tom took a new kite to the park. He lost it there, and h
     ("Amy found", "Tom found", "out of place: 'Tom' in sentence 3, not a word for friend"),
     ("Amy found", "Amy lost", "out of place: 'lost' in sentence 3, not 'found'"),
     ("sunny", "sleepy", "out of place: 'sleepy' in sentence 1, not a word for weather"),
-    (" Now Tom has the new kite again, and he is glad.", "",
+    (" Now Tom has the kite, and he is glad.", "",
      "too short: it ends before sentence 4 does"),
     ("glad.", "glad. Ann", "too long: 'Ann' follows the end"),
 ])

@@ -4,7 +4,7 @@ A story follows one of the PLOTS word by word. A plot is a sequence of words and
 
     word            itself
     {toy}           a word of the class `toy`, the same one wherever the slot returns
-    {He:name}       the pronoun for the slot `name`, He or She; likewise he, his, him
+    {He:name}       the pronoun for the slot `name`, He or She; likewise he, His, him
 
 So every word must agree with what was told before: who has what, where it is, what colour it has
 now. No word is in two classes, and none that follows "a" starts with a vowel. `tell` numbers the
@@ -16,56 +16,52 @@ import math
 import re
 from typing import NamedTuple
 
-HE = set("Ben Dan Jack Max Tom Finn Leo Noah Sam Tim brother father grandpa uncle".split())
-FORMS = {"He": "She", "he": "she", "His": "Her", "his": "her", "him": "her"}
+HE = set("Ben Dan Max Tom Finn Leo Sam Tim".split())
+FORMS = {"He": "She", "he": "she", "His": "Her", "him": "her"}
 PRONOUNS = {"he", "she", "his", "her", "him"}
 
 CLASSES = {name: words.split() for name, words in dict(
-    weather="cloudy cold rainy sunny warm windy",
-    time="afternoon day evening morning",
-    name="Ben Dan Jack Max Tom Ann Kate Lily Mia Rose",
-    size="big little new nice pretty shiny small wooden",
-    toy="boat car doll drum flute horn kite mask plane puppet robot ship sled train truck wagon",
-    place="beach farm lake market museum park pond river school zoo",
-    friend="Finn Leo Noah Sam Tim Amy Ella Eva Lucy Zoe",
-    sad="angry sad upset",
-    happy="glad happy proud",
-    room="attic barn cellar garage garden kitchen shed tent",
-    colour="blue brown green pink purple red white yellow",
-    gift="balloon bell book feather marble ribbon shell stamp",
-    kin="brother father grandpa uncle aunt grandma mother sister",
-    glue="glue paste tape wire",
-    cover="bush fence gate hedge rock statue tree wall",
-    low="bench blanket bridge log table",
-    looks="fluffy furry grey hungry skinny spotted thin young",
-    animal="cat cow dog duck goat hen horse pig",
-    food="banana carrot cookie lemon muffin pear plum").items()}
+    weather="bright calm cloudy cold foggy frosty quiet rainy snowy sunny warm windy",
+    time="afternoon evening morning Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    name="Ben Dan Max Tom Ann Kate Lily Mia",
+    looks="big cheap funny heavy little lovely new nice pretty shiny simple small tiny wooden",
+    toy="boat car doll drum kite mask plane robot ship train",
+    place="""beach bridge castle fair farm forest harbour lake library market meadow museum park
+        playground pond river school zoo""",
+    friend="Finn Leo Sam Tim Amy Eva Lucy Zoe",
+    sad="cross gloomy glum sad unhappy upset",
+    happy="cheerful delighted glad happy joyful merry pleased proud",
+    room="attic barn cellar garage kitchen shed",
+    colour="blue green purple red white yellow",
+    gift="balloon bell feather marble ribbon shell",
+    kin="brother cousin father grandpa uncle aunt grandma mother neighbour sister teacher",
+    glue="cement glue paste string tape thread wire",
+    nature="""fluffy furry greedy grey hairy hungry muddy naughty playful shaggy skinny spotted
+        thin wild young""",
+    animal="cat cow dog goat hen pig",
+    food="""banana biscuit bun carrot cherry cookie cracker lemon muffin pancake peach pear plum
+        potato radish tomato turnip""").items()}
 
-OPENING = "One {weather} {time} {name} took a {size} {toy} to the {place} . "
+OPENING = "One {weather} {time} {name} took a {looks} {toy} to the {place} . "
 
 PLOTS = {name: (OPENING + plot).split() for name, plot in dict(
-    lost="""{He:name} lost it there , and {he:name} was {sad} . {friend} found the {toy} and gave it
-        back . Now {name} has the {size} {toy} again , and {he:name} is {happy} .""",
-    taken="""{friend} grabbed the {toy} and ran to the {room} . {name} searched the {place} , but
-        the {toy} was in the {room} . Now {friend} has the {size} {toy} , and {name} is {sad} .""",
-    traded="""{friend} had a {colour} {gift} there . {name} wanted the {gift} , and {friend} wanted
-        the {toy} . So they traded . Now {name} has the {colour} {gift} , and {friend} has the
-        {size} {toy} .""",
-    mended="""There it broke , and {he:name} was {sad} . {His:name} {kin} mended the {toy} with
-        {glue} . {name} thanked {him:kin} . Now {name} has the {size} {toy} again , and {he:name} is
-        {happy} .""",
-    painted="""{He:name} did not like how it looked , so {he:name} painted it {colour} . Then
-        {he:name} showed it to {friend} . {friend} liked the {colour} {toy} . Now the {size} {toy}
-        is {colour} , and {name} is {happy} .""",
-    hidden="""{friend} hid it behind the {cover} . {name} looked under the {low} , but it was not
-        there . Then {he:name} looked behind the {cover} and found it . Now {name} hides the {size}
-        {toy} , and {friend} looks for it .""",
-    given="""There {he:name} met {friend} . {friend} had no {toy} and was {sad} . So {name} gave
-        {him:friend} the {toy} . Now {friend} has the {size} {toy} , and {he:friend} is {happy}
-        .""",
-    chased="""A {looks} {animal} grabbed it and ran away . {name} called the {animal} and gave it a
-        {food} . It ate the {food} and dropped the {toy} . Now {name} has the {size} {toy} again ,
-        and the {looks} {animal} follows {him:name} home .""",
+    lost="""{He:name} lost it there , and {he:name} was very {sad} . Then {friend} found the {toy}
+        and gave it right back . Now {name} has the {toy} , and {he:name} is {happy} .""",
+    taken="""{friend} grabbed the {toy} and ran off to the {room} . {name} searched , but the {toy}
+        was in the {room} . Now {friend} has the {toy} , and {name} is {sad} .""",
+    traded="""{friend} had a {colour} {gift} , and {name} wanted it . So {name} gave {friend} the
+        {toy} for the {colour} {gift} . Now {friend} has the {toy} , and {name} has the {gift} .""",
+    mended="""There it broke , and {he:name} was {sad} all day . {His:name} {kin} mended the {toy}
+        at home with some {glue} . Now {name} has the {toy} , and {he:name} is {happy} .""",
+    painted="""{He:name} did not like it and painted it all {colour} . Then {friend} came and liked
+        the {colour} {toy} a lot . Now the {toy} is all {colour} , and {he:name} is {happy} .""",
+    hidden="""{friend} took the {toy} and hid it in the {room} . {name} looked in the {room} and
+        found the {toy} there . Now {name} hides the {toy} , and {friend} looks for it .""",
+    given="""{friend} came by with no {toy} and looked very {sad} . So {name} gave the {toy} to
+        {friend} and went home . Now {friend} has the {toy} , and {he:friend} is {happy} .""",
+    chased="""A {nature} {animal} grabbed the {toy} and ran far away . {name} fed the {animal} a
+        {food} and got it back . Now {name} has the {toy} , and the {animal} follows
+        {him:name} .""",
 ).items()}
 
 

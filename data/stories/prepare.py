@@ -1,10 +1,10 @@
-"""Short stories for children, made by grammar.py: V = 211 words, rows of 64. The default set.
+"""Short stories for children, made by grammar.py: V = 237 words, rows of 64. The default set.
 
-    One windy day Mia took a shiny kite to the zoo. She lost it there, and she was sad. Sam found
-    the kite and gave it back. Now Mia has the shiny kite again, and she is happy.
+    One windy morning Mia took a shiny kite to the lake. She lost it there, and she was very sad.
+    Then Sam found the kite and gave it right back. Now Mia has the kite, and she is happy.
 
 As exact a test as palindromes, but it reads: `grammar.check` names the first word that does not
-agree with the story. There are 750 million stories. 240,000 are for training, 4,000 others are held
+agree with the story. There are 17 billion stories. 240,000 are for training, 4,000 others are held
 out, as many from each plot as from any other. Made here in half a minute, no download, no licence.
 
     python data/stories/prepare.py
