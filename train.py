@@ -121,9 +121,8 @@ method_module = importlib.import_module("flow" if method == "flm" else f"baselin
 path = Path(out_dir) / f"{method}.pt"
 model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
               if field.name in settings}
-checkpoint = ckpt.load_resumable(path, method, init_from, settings,
-                                 [*model_args, "clock_embedding_share", "replaced_share", *ckpt.FIXED],
-                                 machine)
+fixed = (*model_args, "clock_embedding_share", "replaced_share", *ckpt.FIXED)
+checkpoint = ckpt.load_resumable(path, method, init_from, settings, fixed, machine)
 torch.manual_seed(seed)
 if checkpoint:
     ckpt.require_same_vocabulary(checkpoint, data)
