@@ -34,7 +34,7 @@ def loss(model: Callable, clock: "Clock", y: Tensor, tau: Tensor, rng: torch.Gen
     """The loss of an FLM on tokens y (B, L) at clock times tau (B,), with noise from rng: the mean
     cross-entropy of the denoiser in nats per token, and each token's, (B, L), without gradient.
 
-    replaced_share: how many of a text's tokens are wrong under the noise, at most; see `replace`.
+    replaced_share: up to this share of a row's tokens is wrong in the input; see `replace`.
     """
     E = model.embed.weight                                          # (V, d)
     z0 = latent_noise(E, y.shape, rng)                              # (B, L, d), the law of x0 E
@@ -173,12 +173,13 @@ def corrupt(E: Tensor, y: Tensor, t: Tensor, z0: Tensor) -> Tensor:
 
 
 def replace(y: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """Tokens y (B, L), some of them those of the previous row at the same place: in each row a
-    share of its own, uniform on [0, share].
+    """Tokens y (B, L) with some replaced by the previous row's at the same place, (B, L). The
+    chance of a token differs from row to row, uniform on [0, share]. Needs B > 1.
 
-    A network that never saw a wrong token trusts each token it can read. But a sampler's state does
-    hold wrong ones: those of its own early moves. Trained on such texts, the network denoises from
-    the rest of the text as well. Its D is no longer the denoiser of the text alone.
+    A network that has never seen a wrong token trusts every token it can read. But the sampler's
+    state does contain wrong tokens, from its own early steps. Trained on such input, the network
+    checks each token against the rest of the text. Its D is then the posterior for replaced
+    tokens: near t = 1 it is less sure of what it reads than the flow's own denoiser.
     """
     chance = share * torch.rand(len(y), 1, generator=rng, device=y.device)
     replaced = torch.rand(y.shape, generator=rng, device=y.device) < chance

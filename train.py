@@ -56,7 +56,7 @@ time_scale = 30.0                # ours: spreads tau over its sinusoids' phases;
 attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
 clock_embedding_share = 0.0      # of a clock that counts what d dimensions show; 0 = published
-replaced_share = 0.0             # ours: up to this share of a text's tokens is wrong in the input
+replaced_share = 0.0             # ours: up to this share of a row is wrong in the input
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
@@ -87,6 +87,8 @@ require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softca
 require_in(settings, "[0, 1]", "clock_embedding_share", "replaced_share")
 if replaced_share and method != "flm":
     fail(f"replaced_share is for method=flm; add --replaced_share=0 for {method}")
+if replaced_share and batch_size == 1:
+    fail("replaced_share takes tokens from other rows of a batch; set batch_size above 1")
 if method == "ar" and attention_softcap:
     fail("method=ar has no soft cap on its attention; add --attention_softcap=0")
 

@@ -49,10 +49,10 @@ ABLATIONS = ["psd-short", "self-short", "psd_published-short", "lsd_published-sh
              "esd_published-short", "mse", "noclock", "psd-long"]
 FLOW, MAP = (dict(batch_size=64) | runpy.run_path(f"config/{stage}stories.py")
              for stage in ("", "distill_"))                         # 64: the programs' own
-SETS = {  # clean: positions as large as the rows of the embedding, where clean tokens are read
+SETS = {  # clean: where clean tokens are read, positions as large as the rows of the embedding
     "palindromes": dict(
         iters=1000, distill_iters=5500, rival_iters=1000, optimizers=("",), fixed={},
-        clean="--position_std=0.2", discrete=("--batch_size=128", "--optimizer=muon"),
+        clean=("--position_std=0.2",), discrete=("--batch_size=128", "--optimizer=muon"),
         models=(ALL, ABLATIONS), steps="1,2,4,8,16,32,128", rivals=(),
         judging=("--num_samples=2000", "--bound=true", "--temperatures=argmax,0.3,0.5,1")),
     "stories": dict(  # rivals: the tokens of flow and map together; each rate with each optimizer
@@ -60,7 +60,8 @@ SETS = {  # clean: positions as large as the rows of the embedding, where clean 
         rival_iters=FLOW["max_iters"] + MAP["max_iters"] * MAP["batch_size"] // FLOW["batch_size"],
         optimizers=("muon", "adamw"),
         fixed={"flm": FLOW["learning_rate"], "psd": MAP["learning_rate"]},      # not searched here
-        clean="--position_std=0.069", models=(["flm", "psd", "mdlm", "duo"], []),
+        clean=("--position_std=0.065", "--replaced_share=0"),
+        models=(["flm", "psd", "mdlm", "duo"], []),
         steps="1,2,4,8,16,64,128", rivals=("--temperatures=0.5,1",),
         judging=(f"--num_samples={texts}",))}
 
@@ -106,7 +107,7 @@ def model(name: str, dataset: str, seed: int, rate: float, optimizer: str, share
         words = ["distill.py", f"config/distill_{dataset}.py", f"--objective={objective}",
                  *options, f"--teacher_path={teacher}"]
     else:
-        method, options = f"--method={name}", [about["clean"]] * rival
+        method, options = f"--method={name}", about["clean"] if rival else ()
         if name == "flm_published":
             path, method, options = folder / name / "flm.pt", "--method=flm", ["--time_scale=1"]
         words = ["train.py", f"config/{dataset}.py", method, *options]

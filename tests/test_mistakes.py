@@ -123,6 +123,8 @@ CASES = [
     ("train.py --replaced_share=1.5", "replaced_share=1.5: must lie in [0, 1]"),
     ("train.py --method=mdlm --replaced_share=0.1", "replaced_share is for method=flm; add "
      "--replaced_share=0 for mdlm"),
+    ("train.py --replaced_share=0.1 --batch_size=1", "replaced_share takes tokens from other rows "
+     "of a batch; set batch_size above 1"),
     ("train.py --clock_embedding_share=2", "clock_embedding_share=2.0: must lie in [0, 1]"),
     ("train.py --seed=-1", "seed=-1: must lie in [0, inf)"),
     ("train.py --learning_rate=1e-5", "the cosine would rise from learning_rate=1e-05 to "

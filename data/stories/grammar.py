@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 HE = set("Ben Dan Max Tom Finn Leo Sam Tim".split())
 FORMS = {"He": "She", "he": "she", "His": "Her", "him": "her"}
-PRONOUNS = {"he", "she", "his", "her", "him"}
+PRONOUNS = {word.lower() for pair in FORMS.items() for word in pair}
 
 CLASSES = {name: words.split() for name, words in dict(
     weather="bright calm cloudy cold foggy frosty quiet rainy snowy sunny warm windy",
