@@ -44,6 +44,7 @@ class ModelConfig:
     time_scale: float = 30.0         # times tau before the sinusoids; 1 in the paper
     attention_softcap: float = 0.0   # logits become c tanh(logit / c); 50 in the paper, 0 = off
     logit_softcap: float = 0.0       # the same for the output logits; 30 in the paper, 0 = off
+    mlp_ratio: int = 4               # width of an MLP's hidden layer, in d
 
     def __post_init__(self):
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
@@ -152,15 +153,15 @@ class Norm(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d = config.n_embd
+        d, wide = config.n_embd, config.mlp_ratio * config.n_embd
         self.n_head, self.dropout = config.n_head, config.dropout
         self.softcap = config.attention_softcap
         self.norm1 = Norm(d)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
         self.norm2 = Norm(d)
-        self.mlp_in = nn.Linear(d, 4 * d)
-        self.mlp_out = nn.Linear(4 * d, d)
+        self.mlp_in = nn.Linear(d, wide)
+        self.mlp_out = nn.Linear(wide, d)
         self.modulation = nn.Linear(config.n_time, 6 * d)  # shift, scale, gate of attention and MLP
 
     def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, path: str) -> Tensor:
@@ -175,7 +176,7 @@ class Block(nn.Module):
         mixed = attend(q, k, v, self.softcap, path).transpose(1, 2).reshape(B, L, d)
         x = x + gate1 * F.dropout(self.attn_out(mixed), self.dropout, self.training)
 
-        hidden = self.mlp_in(self.norm2(x, shift2, scale2))         # (B, L, 4 d)
+        hidden = self.mlp_in(self.norm2(x, shift2, scale2))         # (B, L, mlp_ratio d)
         hidden = F.gelu(hidden, approximate="tanh")
         return x + gate2 * F.dropout(self.mlp_out(hidden), self.dropout, self.training)
 

@@ -48,6 +48,7 @@ n_layer = 4
 n_head = 4
 n_embd = 256                     # width d; z = x E has this many dimensions instead of V
 n_time = 128                     # width of the time embedding
+mlp_ratio = 4                    # width of an MLP's hidden layer, in d
 dropout = 0.0                    # 0.1 in the paper; a short run on a CPU does not need it
 block_size = 64                  # L, tokens in a sequence
 learned_positions = True         # ours: pure noise carries no positions, and rotary alone sees none
@@ -62,6 +63,7 @@ batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
 max_iters = 1000                 # optimizer steps
 learning_rate = 2e-3
+embed_lr_scale = 1.0             # times that for E, which also sets the size of the noise
 schedule = "cosine"              # or constant, as published
 min_lr = 1e-4                    # where the cosine ends
 warmup_iters = 100
@@ -82,8 +84,10 @@ globals().update(settings)
 baselines = sorted(file.stem for file in Path(__file__).parent.glob("baselines/*.py"))
 require_choice("method", method, ["flm", *(name for name in baselines if name != "distill")])
 require_trainable(settings)
-require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time")
-require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap")
+require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n_time",
+           "mlp_ratio")
+require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap",
+           "embed_lr_scale")
 require_in(settings, "[0, 1]", "clock_embedding_share", "replaced_share")
 if replaced_share and method != "flm":
     fail(f"replaced_share is for method=flm; add --replaced_share=0 for {method}")
@@ -123,7 +127,7 @@ method_module = importlib.import_module("flow" if method == "flm" else f"baselin
 path = Path(out_dir) / f"{method}.pt"
 model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
               if field.name in settings}
-fixed = (*model_args, "clock_embedding_share", "replaced_share", *ckpt.FIXED)
+fixed = (*model_args, "clock_embedding_share", "replaced_share", "embed_lr_scale", *ckpt.FIXED)
 checkpoint = ckpt.load_resumable(path, method, init_from, settings, fixed, machine)
 torch.manual_seed(seed)
 if checkpoint:
@@ -161,8 +165,10 @@ if machine.world > 1:
 
 muon = [p for name, p in model.named_parameters() if optimizer == "muon" and p.ndim == 2
         and not name.startswith(("embed", "positions", "head"))]
-rest = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
-optimizers = [torch.optim.AdamW(rest, learning_rate, (beta1, beta2), weight_decay=weight_decay,
+scaled = [model.embed.weight] if embed_lr_scale != 1 else []
+rest = [p for p in model.parameters() if not any(p is other for other in muon + scaled)]
+groups = [dict(params=rest)] + [dict(params=[p], lr_scale=embed_lr_scale) for p in scaled]
+optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay,
                                 fused=machine.device.type != "mps")]
 if muon:  # steps of the size of AdamW's: one learning rate serves both
     from lib.optim import Muon
@@ -231,7 +237,7 @@ next_batch = batch(step * local_steps)
 while True:
     lr = learning_rate_at(step)
     for group in (group for opt in optimizers for group in opt.param_groups):
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1)
 
     if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
         mean, bins = validate()

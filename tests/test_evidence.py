@@ -255,7 +255,7 @@ def test_rivals_on_stories_see_the_tokens_of_flow_and_map_together(tmp_path, mon
         for name in ("mdlm", "duo"):
             run = tmp_path / "work" / "stories" / f"seed{seed}" / "rate-0.002-adamw"
             words = json.loads((run / f"{name}.run.json").read_text())["words"]
-            assert {"train.py", "config/stories.py", "--optimizer=adamw",
+            assert {"train.py", "config/stories.py", "--optimizer=adamw", "--embed_lr_scale=1",
                     "--replaced_share=0"} < set(words)              # train.py refuses it for them
             steps = next(int(word[12:]) for word in words if word.startswith("--max_iters="))
             assert 0 <= tokens - steps * flow.get("batch_size", 64) < flow.get("batch_size", 64)

@@ -336,6 +336,7 @@ def test_a_bug_keeps_its_traceback(toy, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script, key, value", [
     ("train.py", "clock_embedding_share", 0.5), ("train.py", "replaced_share", 0.5),
+    ("train.py", "embed_lr_scale", 0.5), ("train.py", "mlp_ratio", 2),
     ("train.py", "beta2", 0.5),
     ("train.py", "gradient_accumulation_steps", 2), *(("distill.py", *item) for item in dict(
         self_distill=True, diagonal_share=0.25, full_jump_share=0.5, full_jump_ramp=True,

@@ -149,6 +149,12 @@ def test_parameter_count_of_the_published_size():
     assert 160e6 < count < 175e6
 
 
+def test_mlp_ratio_is_the_width_of_the_hidden_layer():
+    """From 4 d to 2 d, a block's two matrices lose 4 d^2 weights and the first 2 d biases."""
+    four, two = (sum(p.numel() for p in network(mlp_ratio=ratio).parameters()) for ratio in (4, 2))
+    assert four - two == 2 * (4 * 8 ** 2 + 2 * 8)
+
+
 def test_wrong_inputs():
     z, tau = torch.randn(1, 6, 8), torch.tensor([0.5])
     with pytest.raises(ValueError, match="a flow map takes tau and tau_t"):

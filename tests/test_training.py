@@ -48,6 +48,19 @@ def test_settings_reach_the_optimizers(toy, script, schedule, tmp_path):
     assert all((g["lr"], g["weight_decay"]) == (pytest.approx(last), 0.25) for g in groups)
 
 
+def test_embed_lr_scale_scales_the_steps_of_e_alone(toy, tmp_path):
+    """Two steps: in the first the head is zero, and E has no gradient. Both have one rate."""
+    def weights(scale):
+        quick_run(*command(toy, "train.py", tmp_path / scale, f"--embed_lr_scale={scale}",
+                           "--max_iters=2", "--warmup_iters=0", "--schedule=constant"))
+        model = torch.load(tmp_path / scale / "flm.pt")["model"]
+        return model.pop("embed.weight"), model
+    (start, others), (half, same), (whole, _) = map(weights, ("0", "0.5", "1"))
+    assert all(torch.equal(others[name], same[name]) for name in others)
+    assert 1e-4 < (half - start).abs().max()
+    assert torch.allclose(whole - start, 2 * (half - start), atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 5e-3)])
 @pytest.mark.parametrize("script", KINDS)
 def test_a_step_is_clipped_in_the_units_of_the_gradient(toy, script, dtype, tolerance, tmp_path):
