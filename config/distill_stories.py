@@ -9,6 +9,7 @@ diagonal_share = 0.25
 full_jump_share = 0.8
 full_jump_ramp = True
 target_ema = True                # keeps the student's jitter out of its targets: a higher rate
+batch_size = 32
 max_iters = 1000
 learning_rate = 3e-3
 min_lr = 2e-5

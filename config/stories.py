@@ -3,7 +3,7 @@
     python data/stories/prepare.py
     python train.py config/stories.py
     python distill.py config/distill_stories.py
-    python sample.py --steps=1,2,4,8 --flow_steps=64
+    python sample.py --steps=1,2,4,8 --flow_steps=64 --gamma=1
 
 Each word of a story must agree with what was told before, as each letter of a palindrome with its
 partner. Depth, small batches, positions as large as the noise, a slow E, and wrong words in the
