@@ -44,7 +44,7 @@ class ModelConfig:
     time_scale: float = 30.0         # times tau before the sinusoids; 1 in the paper
     attention_softcap: float = 0.0   # logits become c tanh(logit / c); 50 in the paper, 0 = off
     logit_softcap: float = 0.0       # the same for the output logits; 30 in the paper, 0 = off
-    mlp_ratio: int = 4               # width of an MLP's hidden layer, in d
+    mlp_ratio: int = 4               # an MLP's hidden layer has this times d units; 4 in the paper
 
     def __post_init__(self):
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:

@@ -48,7 +48,7 @@ n_layer = 4
 n_head = 4
 n_embd = 256                     # width d; z = x E has this many dimensions instead of V
 n_time = 128                     # width of the time embedding
-mlp_ratio = 4                    # width of an MLP's hidden layer, in d
+mlp_ratio = 4                    # an MLP's hidden layer has this times n_embd units
 dropout = 0.0                    # 0.1 in the paper; a short run on a CPU does not need it
 block_size = 64                  # L, tokens in a sequence
 learned_positions = True         # ours: pure noise carries no positions, and rotary alone sees none
@@ -63,7 +63,7 @@ batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
 max_iters = 1000                 # optimizer steps
 learning_rate = 2e-3
-embed_lr_scale = 1.0             # times that for E, which also sets the size of the noise
+embed_lr_scale = 1.0             # ours: E's rate over learning_rate; a larger E is larger noise
 schedule = "cosine"              # or constant, as published
 min_lr = 1e-4                    # where the cosine ends
 warmup_iters = 100

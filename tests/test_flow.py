@@ -168,7 +168,8 @@ def test_replaced_tokens_are_those_of_the_row_before_at_the_same_place():
     shown = flow.replace(y, share, generator(1))
     wrong = shown != y
     assert torch.equal(shown[wrong], y.roll(1, 0)[wrong])
-    # A row's count given its share p ~ U(0, share) is binomial: mean and variance by total law.
+    # A row's count is binomial given its chance ~ U(0, share): by the laws of total expectation and
+    # total variance.
     count = wrong.double().sum(1)
     mean = L * share / 2
     variance = L * (share / 2 - share ** 2 / 3) + (L * share) ** 2 / 12
