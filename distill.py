@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flowmap
 from data.loader import Data
-from flow import Clock, noise_factor, stratified
+from flow import Clock, draw_known, noise_factor, stratified
 from lib import checkpoint as ckpt
 from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
                          mix)
@@ -53,6 +53,7 @@ diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
 full_jump_ramp = False           # it grows from 0 to that: the full jump builds on shorter ones
 split = 0.5                      # psd: the two jumps of a target meet at this part of the way
+context_share = 0.0              # of the rows, told some tokens, if the teacher was, too
 target_ema = False               # targets by the moving average instead of the student itself
 dropout = 0.0                    # of the student, not of its average or the teacher
 # -- optimization
@@ -80,7 +81,7 @@ globals().update(settings)
 require_choice("objective", objective, flowmap.OBJECTIVES)
 require_trainable(settings)
 require_in(settings, "[0, 1)", "diagonal_share")
-require_in(settings, "[0, 1]", "full_jump_share")
+require_in(settings, "[0, 1]", "full_jump_share", "context_share")
 require_in(settings, "(0, 1)", "split")
 require_in(settings, "(0, inf)", "teacher_temperature")
 require_in(settings, "[0, inf)", "block_size")
@@ -111,6 +112,8 @@ block_size = ckpt.set_length(source, block_size, teacher_path)
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
 ckpt.require_same_vocabulary(source, data)
+if context_share and not source["model_config"].get("context"):
+    fail(f"{teacher_path} was trained with context_share=0; distil it with --context_share=0")
 
 
 def draw_times(micro_steps: int, full_share: float, rng: torch.Generator):
@@ -137,7 +140,8 @@ def batch(n: int):
 # ------------------------------------------------------------------------------ student
 
 fixed = ("block_size", "objective", "self_distill", "teacher_temperature", "diagonal_share",
-         "full_jump_share", "full_jump_ramp", "split", "target_ema", "dropout", *ckpt.FIXED)
+         "full_jump_share", "full_jump_ramp", "split", "context_share", "target_ema", "dropout",
+         *ckpt.FIXED)
 checkpoint = ckpt.load_resumable(path, "fmlm", init_from, settings, fixed, machine)
 torch.manual_seed(seed)
 teacher = ckpt.build_model(source, machine.device)
@@ -158,10 +162,11 @@ net = torch.compile(student, dynamic=False) if compile else student
 teacher = torch.compile(teacher, dynamic=False) if compile else teacher
 
 
-def loss_of(net, target_net, y, tau_s, tau_t, rng):
+def loss_of(net, target_net, y, tau_s, tau_t, rng, known=None):
     with machine.autocast():
         return flowmap.loss(net, target_net, None if self_distill else teacher, clock, objective, y,
-                            tau_s, tau_t, rng, n_diagonal, factor, split, teacher_temperature)
+                            tau_s, tau_t, rng, n_diagonal, factor, split, teacher_temperature,
+                            known)
 
 
 class Loss(nn.Module):
@@ -172,7 +177,8 @@ class Loss(nn.Module):
         self.net = net
 
     def forward(self, y, tau_s, tau_t, rng):
-        return loss_of(self.net, ema if target_ema else net, y, tau_s, tau_t, rng)
+        known = draw_known(y.shape, context_share, rng) if context_share else None
+        return loss_of(self.net, ema if target_ema else net, y, tau_s, tau_t, rng, known)
 
 
 training_loss = Loss(net)

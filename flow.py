@@ -30,18 +30,22 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------ the loss
 
 def loss(model: Callable, clock: "Clock", y: Tensor, tau: Tensor, rng: torch.Generator,
-         replaced_share: float = 0.0) -> tuple[Tensor, Tensor]:
+         replaced_share: float = 0.0, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The loss of an FLM on tokens y (B, L) at clock times tau (B,), with noise from rng: the mean
     cross-entropy of the denoiser in nats per token, and each token's, (B, L), without gradient.
 
     replaced_share: up to this share of a row's tokens is wrong in the input; see `replace`.
+    known: tokens (B, L) that the network is told; see `Given`. The others' losses count, and the
+    mean is still over all B L tokens, however many are known.
     """
     E = model.embed.weight                                          # (V, d)
     z0 = latent_noise(E, y.shape, rng)                              # (B, L, d), the law of x0 E
     shown = replace(y, replaced_share, rng) if replaced_share else y
     z = corrupt(E, shown, clock.t_of_tau(tau), z0)                  # (1 - t) z0 + t E[shown]
+    if known is not None:
+        model = Given(model, y, known)
     hidden = model(z, tau)                                          # (B, L, d)
-    return cross_entropy(model.head, hidden, y)
+    return cross_entropy(model.head, hidden, y, known)
 
 # ------------------------------------------------------------------------------ the clock
 
@@ -190,6 +194,38 @@ def per_sample(scalar: Tensor, z: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1) in the dtype of z."""
     return scalar.to(z.dtype)[:, None, None]
 
+# ------------------------------------------------------------------------------ known tokens
+
+class Given:
+    """A network that is told some tokens of the text: y (B, L) where `known` (B, L) is true.
+
+    There the state is E[y] at all times, whatever noise or a sampler put in its place, and a
+    learned vector marks it (model.py). So D, the flow and the flow map are conditional on these
+    tokens, and all that holds for them holds for the other places.
+    """
+
+    def __init__(self, model: Callable, y: Tensor, known: Tensor):
+        self.model, self.y, self.known = model, y, known
+        self.head, self.embed = model.head, model.embed
+
+    def __call__(self, z: Tensor, *times: Tensor, **options) -> Tensor:
+        z = hold(z, self.embed.weight, self.y, self.known)
+        return self.model(z, *times, known=self.known, **options)
+
+
+def hold(z: Tensor, E: Tensor, y: Tensor, known: Tensor) -> Tensor:
+    """The state z (B, L, d) with the embeddings of the known tokens put back."""
+    return torch.where(known[..., None], F.embedding(y, E).to(z.dtype), z)
+
+
+def draw_known(shape: tuple[int, int], share: float, rng: torch.Generator) -> Tensor:
+    """Tokens to tell the network in training, (B, L) bool: in a share of the rows each with chance
+    f, where f differs from row to row and is uniform on [0, 1]; in the others none. So a network
+    learns any set of known tokens: the beginning, the ends, every second word."""
+    f = stratified(shape[0], rng) / share                           # (B,), on [0, 1 / share]
+    chance = torch.where(f < 1, f, 0)[:, None]
+    return torch.rand(shape, generator=rng, device=rng.device) < chance
+
 # ------------------------------------------------------------------------------ sampling
 
 def step_size(s: Tensor, t: Tensor) -> Tensor:
@@ -205,33 +241,6 @@ def move(z: Tensor, aim: Tensor, s: Tensor, t: Tensor) -> Tensor:
     For aim = delta_{s,t} E the exact jump X_{s,t} of a flow map.
     """
     return torch.lerp(z, aim, per_sample(step_size(s, t), z))
-
-
-@torch.no_grad()
-def decode(guess: Callable, model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float,
-           noise: Callable[[], Tensor] | None, last: Callable, temperature: float) -> Tensor:
-    """Tokens (B, L) from noise z (B, L, d), in `steps` moves on a uniform grid of tau.
-
-    guess(z, tau_s, tau_t) gives hidden states (B, L, d) of the distributions a move aims at, all
-    but the last sharpened by a temperature below 1. last(head, hidden) turns the last into tokens.
-
-    gamma in [0, 1] makes it stochastic. Instead of landing at t, go on to t~ with 1 - t~ = (1 - t)
-    sqrt(1 - gamma^2). Then add noise until the state is as noisy as at t again, (t / t~) z +
-    sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0. noise() draws a fresh z0 (B, L, d).
-    """
-    tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
-    for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):    # (1,) each
-        s, t = clock.t_of_tau(here), clock.t_of_tau(there)
-        beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)            # t~
-        hidden = guess(z, here.expand(len(z)), clock.tau_of_t(beyond).expand(len(z)))
-        if i < steps - 1:
-            aim = expected_embedding(model.head, hidden, model.embed.weight, temperature)
-            z = move(z, aim, s, beyond)
-            if gamma:
-                kept = t / beyond
-                fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
-                z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()
-    return last(model.head, hidden)
 
 
 def expected_embedding(head: nn.Module, hidden: Tensor, E: Tensor, temperature: float = 1.0
@@ -261,14 +270,62 @@ def draw_tokens(head: nn.Module, hidden: Tensor, rng: torch.Generator, temperatu
     return by_tokens(one, head, hidden)
 
 
-def sample(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
+@torch.no_grad()
+def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
            noise: Callable[[], Tensor] | None = None, last: Callable = most_likely,
-           temperature: float = 1.0) -> Tensor:
+           temperature: float = 1.0, weak: Callable | None = None, eta: float = 1.0,
+           watch: Callable[[Callable, Tensor], None] | None = None) -> Tensor:
+    """Tokens (B, L) from noise z (B, L, d), in `steps` moves on a uniform grid of tau.
+
+    The network, a flow (times = 1) or a flow map (2), gives hidden states (B, L, d) of the
+    distributions a move aims at, all but the last sharpened by a temperature below 1. last(head,
+    hidden) turns the last into tokens. Those that a network is told (`Given`) stay as they are.
+
+    gamma in [0, 1] makes it stochastic. Instead of landing at t, go on to t~ with 1 - t~ = (1 - t)
+    sqrt(1 - gamma^2). Then add noise until the state is as noisy as at t again, (t / t~) z +
+    sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0. noise() draws a fresh z0 (B, L, d).
+
+    weak makes it guided by a worse network with the same E: a move aims at D_weak + eta (D -
+    D_weak), past D, away from what the worse one would do (autoguidance, arXiv 2406.02507). The
+    last tokens are the likeliest of that. eta = 1 is no guidance.
+
+    watch(model, hidden) sees every guess.
+    """
+    E = model.embed.weight
+    tau = torch.linspace(0, 1, steps + 1, dtype=clock.t.dtype, device=z.device)
+    for i, (here, there) in enumerate(zip(tau[:-1].split(1), tau[1:].split(1))):    # (1,) each
+        s, t = clock.t_of_tau(here), clock.t_of_tau(there)
+        beyond = 1 - (1 - t) * math.sqrt(1 - gamma ** 2)            # t~
+        at = [tau.expand(len(z)) for tau in (here, clock.tau_of_t(beyond))[:times]]
+        hidden = model(z, *at)
+        weaker = weak(z, *at) if weak else None
+        if watch:
+            watch(model, hidden)
+        if i < steps - 1:
+            aim = expected_embedding(model.head, hidden, E, temperature)
+            if weak:
+                aim = torch.lerp(expected_embedding(weak.head, weaker, E, temperature), aim, eta)
+            z = move(z, aim, s, beyond)
+            if gamma:
+                kept = t / beyond
+                fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
+                z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()
+    if weak:
+        def guided(hidden, weaker):
+            weak_d, d = weak.head(weaker).softmax(-1), model.head(hidden).softmax(-1)
+            return torch.lerp(weak_d, d, eta).argmax(-1)
+        tokens = by_tokens(guided, model.head, hidden, weaker)
+    else:
+        tokens = last(model.head, hidden)
+    return torch.where(model.known, model.y, tokens) if isinstance(model, Given) else tokens
+
+
+def sample(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
+           noise: Callable[[], Tensor] | None = None, **options) -> Tensor:
     """Tokens (B, L) by Euler steps; see `decode`. With gamma, later steps can correct earlier ones.
     But every Euler step then goes as far as t~, so its error does not vanish with more steps. The
     jumps of a flow map have no such error."""
-    return decode(lambda z, tau, _: model(z, tau), model, clock, z, steps, gamma, noise, last,
-                  temperature)
+    return decode(model, 1, clock, z, steps, gamma, noise, **options)
 
 # ------------------------------------------------------------------------------ the head in slices
 
@@ -307,9 +364,15 @@ def draw_from(p: Tensor, rng: torch.Generator | None) -> Tensor:
     return torch.searchsorted(sums, u * sums[:, -1:], right=True)
 
 
-def cross_entropy(head: nn.Module, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """-log D[y] in nats from hidden (B, L, d) and tokens y (B, L): the mean, and each (B, L)."""
-    total, losses = sum_by_tokens(SoftmaxCrossEntropy.apply, head, hidden, y[..., None])
+def cross_entropy(head: nn.Module, hidden: Tensor, y: Tensor, known: Tensor | None = None
+                  ) -> tuple[Tensor, Tensor]:
+    """-log D[y] in nats from hidden (B, L, d) and tokens y (B, L), 0 for known ones: the mean over
+    all tokens, and each (B, L)."""
+    function, tensors = SoftmaxCrossEntropy.apply, [y[..., None]]
+    if known is not None:
+        function = lambda logits, y, unknown: unknown * SoftmaxCrossEntropy.apply(logits, y)
+        tensors.append(~known[..., None])
+    total, losses = sum_by_tokens(function, head, hidden, *tensors)
     return total / y.numel(), losses[..., 0]
 
 

@@ -30,8 +30,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flow import (Clock, SoftmaxCrossEntropy, corrupt, cross_entropy, decode, expected_embedding,
-                  latent_noise, most_likely, move, step_size, sum_by_tokens)
+from flow import (Clock, Given, SoftmaxCrossEntropy, by_tokens, corrupt, cross_entropy, decode,
+                  expected_embedding, latent_noise, most_likely, move, step_size, sum_by_tokens)
 
 Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 # A function of slices of those tensors (B, L, ..) that returns distributions (n, V).
@@ -41,7 +41,8 @@ Target = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 def loss(student: Callable, target_net: Callable, teacher: Callable | None, clock: Clock,
          objective: str, y: Tensor, tau_s: Tensor, tau_t: Tensor, rng: torch.Generator,
          n_diagonal: int, factor: Tensor | None = None, split: float = 0.5,
-         teacher_temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+         teacher_temperature: float = 1.0, known: Tensor | None = None
+         ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of an FMLM on tokens y (B, L) for jumps from tau_s to tau_t (B,), with noise from
     rng: the mean in nats per token, each token's (B, L) without gradient, and the mass cut from
     off-diagonal targets, (B - n_diagonal, L).
@@ -56,36 +57,46 @@ def loss(student: Callable, target_net: Callable, teacher: Callable | None, cloc
     split: of psd, where on the way from tau_s to tau_t the two jumps of a target meet.
     teacher_temperature: other than 1, D is the teacher's denoiser at that temperature, and the map
     learns the flow of that.
+    known: tokens (B, L) that all three networks are told; see flow.Given. The others' losses count,
+    and the mean is still over all tokens.
     """
     n, B, E = n_diagonal, len(y), student.embed.weight
     z = corrupt(E, y, clock.t_of_tau(tau_s), latent_noise(E, y.shape, rng, factor))
-    hidden = student(z, tau_s, tau_t)                               # (B, L, d)
+    known_n, known_rest = (None, None) if known is None else (known[:n], known[n:])
+
+    def told(net, y, known):
+        return net if known is None else Given(net, y, known)
+    hidden = told(student, y, known)(z, tau_s, tau_t)               # (B, L, d)
+    target_net = told(target_net, y[n:], known_rest)
     if teacher is None:
-        diagonal, losses = cross_entropy(student.head, hidden[:n], y[:n])
-        teacher = Denoiser(target_net, times=2)
+        diagonal, losses = cross_entropy(student.head, hidden[:n], y[:n], known_n)
+        denoiser = Denoiser(target_net, times=2)
     else:
-        teacher = Denoiser(teacher, teacher_temperature)
+        denoiser = Denoiser(told(teacher, y[n:], known_rest), teacher_temperature)
         with torch.no_grad():
-            denoised = teacher(z[:n], tau_s[:n])
+            denoised = told(teacher, y[:n], known_n)(z[:n], tau_s[:n])
         diagonal, losses, _ = kl_to_target(
-            student.head, hidden[:n], (lambda h: teacher.head(h).softmax(-1), (denoised,)))
+            student.head, hidden[:n], (lambda h: denoiser.head(h).softmax(-1), (denoised,)), known_n)
     extra = dict(split=split) if objective == "psd" else {}
-    target = OBJECTIVES[objective](target_net, teacher, clock, z[n:], tau_s[n:], tau_t[n:], **extra)
-    jumps, more, cut = kl_to_target(student.head, hidden[n:], target)
+    target = OBJECTIVES[objective](target_net, denoiser, clock, z[n:], tau_s[n:], tau_t[n:],
+                                   **extra)
+    jumps, more, cut = kl_to_target(student.head, hidden[n:], target, known_rest)
     mean = (n * diagonal + (B - n) * jumps) / B if n else jumps
     return mean, torch.cat([losses, more]), cut
 
 
-def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(target || softmax(head(hidden))) in nats: the mean over tokens, to differentiate, and each
-    (B, L); and how far each target had left the simplex, (B, L).
+def kl_to_target(head: Callable, hidden: Tensor, target: Target, known: Tensor | None = None
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(target || softmax(head(hidden))) in nats, 0 for known tokens: the mean over all tokens, to
+    differentiate, and each (B, L); and how far each target had left the simplex, (B, L).
 
     A target with a derivative in it can have negative entries. They are set to zero and the rest is
     rescaled to sum to one. The training log shows the mass cut off: a projected target is biased.
     """
     function, tensors = target
+    unknown = hidden.new_ones(hidden.shape[:2]) if known is None else ~known
 
-    def divergence(logits, *tensors):
+    def divergence(logits, unknown, *tensors):
         with torch.no_grad():
             raw = function(*tensors)                                # (n, V), sums to one
             cut = raw.clamp_max(0).sum(-1, keepdim=True).neg()      # (n, 1)
@@ -93,8 +104,8 @@ def kl_to_target(head: Callable, hidden: Tensor, target: Target) -> tuple[Tensor
             p /= p.sum(-1, keepdim=True)
             # Three times as fast as xlogy.
             entropy = -p.clamp_min(1e-37).log_().mul_(p).sum(-1, keepdim=True)
-        return torch.cat([SoftmaxCrossEntropy.apply(logits, p) - entropy, cut], dim=-1)
-    total, values = sum_by_tokens(divergence, head, hidden, *tensors)
+        return unknown * torch.cat([SoftmaxCrossEntropy.apply(logits, p) - entropy, cut], dim=-1)
+    total, values = sum_by_tokens(divergence, head, hidden, unknown[..., None], *tensors)
     return total / max(1, values[..., 0].numel()), *values.unbind(-1)
 
 
@@ -200,6 +211,8 @@ OBJECTIVES = {"psd": semigroup_target, "lsd": lagrangian_target, "esd": eulerian
 
 def uncompiled(model: Callable) -> Callable:
     """The network without torch.compile, which forward-mode derivatives do not pass through."""
+    if isinstance(model, Given):
+        return Given(uncompiled(model.model), model.y, model.known)
     return getattr(model, "_orig_mod", model)
 
 
@@ -217,7 +230,45 @@ def per_token(scalar: Tensor, like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ sampling
 
 def sample(model: Callable, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
-           noise: Callable[[], Tensor] | None = None, last: Callable = most_likely,
-           temperature: float = 1.0) -> Tensor:
+           noise: Callable[[], Tensor] | None = None, **options) -> Tensor:
     """Tokens (B, L) by `steps` jumps X_{s,t} from noise z (B, L, d); see flow.decode."""
-    return decode(model, model, clock, z, steps, gamma, noise, last, temperature)
+    return decode(model, 2, clock, z, steps, gamma, noise, **options)
+
+
+@torch.no_grad()
+def refine(model: Callable, clock: Clock, noise: Callable[[], Tensor], rounds: int, jumps: int = 1,
+           order: torch.Generator | None = None, y: Tensor | None = None,
+           known: Tensor | None = None, watch: Callable | None = None) -> Tensor:
+    """Posterior refinement (FMLM+, arXiv 2606.24773): tokens (B, L) in `rounds` rounds.
+
+    Each round drafts the whole text from fresh noise, in `jumps` evaluations, told all tokens that
+    are known so far. Then it commits the surest of the others: of n in a row ceil(n / rounds left).
+    How sure a token is, is its probability under the last jump's delta. With a generator as
+    `order`, tokens are committed at random. Then one a round gives the exact joint law if the flow
+    map is exact. By sureness it does not, since what is committed depends on what was drafted.
+
+    y, known: (B, L), tokens known from the start.
+    """
+    for left in range(rounds, 0, -1):
+        z = noise()                                                 # (B, L, d)
+        if known is None:
+            y = torch.zeros(z.shape[:2], dtype=torch.long, device=z.device)
+            known = torch.zeros_like(y, dtype=torch.bool)
+        sure = torch.rand(y.shape, generator=order, device=z.device)
+
+        def last(head, hidden):
+            tokens = most_likely(head, hidden)
+            if order is None:
+                sure.copy_(confidence(head, hidden, tokens))
+            return tokens
+        y = sample(Given(model, y, known), clock, z, jumps, last=last, watch=watch)
+        number = torch.ceil((~known).sum(1, keepdim=True) / left)   # (B, 1), of tokens to commit
+        rank = sure.masked_fill(known, -1).argsort(1, descending=True).argsort(1)
+        known = known | (rank < number)
+    return y
+
+
+def confidence(head: Callable, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """The probability (B, L) of tokens (B, L) under softmax(head(hidden)), hidden (B, L, d)."""
+    return by_tokens(lambda hidden, tokens: head(hidden).softmax(-1).gather(-1, tokens).squeeze(-1),
+                     head, hidden, tokens[..., None])

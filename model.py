@@ -45,6 +45,7 @@ class ModelConfig:
     attention_softcap: float = 0.0   # logits become c tanh(logit / c); 50 in the paper, 0 = off
     logit_softcap: float = 0.0       # the same for the output logits; 30 in the paper, 0 = off
     mlp_ratio: int = 4               # an MLP's hidden layer has this times d units; 4 in the paper
+    context: bool = False            # can be told tokens: a learned vector marks them
 
     def __post_init__(self):
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
@@ -207,6 +208,8 @@ class FlowTransformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, d)
         if config.learned_positions:
             self.positions = nn.Parameter(torch.empty(config.block_size, d))
+        if config.context:
+            self.known = nn.Parameter(torch.empty(d))
         self.time_s = TimeEmbedding(config.n_time, config.time_scale)
         if config.flow_map:
             self.time_t = TimeEmbedding(config.n_time, config.time_scale)
@@ -228,17 +231,20 @@ class FlowTransformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=self.config.vocab_size ** -0.5)
         if self.config.learned_positions:
             nn.init.normal_(self.positions, std=self.config.position_std)
+        if self.config.context:
+            nn.init.zeros_(self.known)
         zero = [self.head, self.modulation_out] + [block.modulation for block in self.blocks]
         for layer in zero + ([self.time_t.fc2] if self.config.flow_map else []):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z: Tensor, tau: Tensor, tau_t: Tensor | None = None, attention: str = "auto"
-                ) -> Tensor:
+    def forward(self, z: Tensor, tau: Tensor, tau_t: Tensor | None = None,
+                known: Tensor | None = None, attention: str = "auto") -> Tensor:
         """Hidden states (B, L, d) for the state z (B, L, d) at clock time tau (B,). A flow map also
-        needs the clock time tau_t (B,) it jumps to. `attention` is a path of `attend`. Raises
-        ValueError when the number of times does not fit the network, or z is longer than the
-        learned positions."""
+        needs the clock time tau_t (B,) it jumps to. `known` (B, L) marks tokens that z shows without
+        noise. `attention` is a path of `attend`. Raises ValueError when the number of times does
+        not fit the network, when it cannot be told tokens, or when z is longer than the learned
+        positions."""
         if (tau_t is not None) != self.config.flow_map:
             raise ValueError("a flow map takes tau and tau_t, a flow takes tau alone")
         if self.config.learned_positions:
@@ -246,6 +252,12 @@ class FlowTransformer(nn.Module):
                 raise ValueError(f"{z.size(1)} tokens, but the model has positions for "
                                  f"{self.config.block_size}")
             z = z + self.positions[:z.size(1)]
+        if self.config.context:
+            if known is None:
+                known = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+            z = z + known[..., None] * self.known                   # (B, L, d)
+        elif known is not None:
+            raise ValueError("this network was trained without known tokens (context_share)")
         time = self.time_s(tau)
         if tau_t is not None:
             time = time + self.time_t(tau_t)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Data
-from flow import Clock, stratified
+from flow import Clock, draw_known, stratified
 from lib import checkpoint as ckpt
 from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
                          mix)
@@ -58,6 +58,7 @@ attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
 clock_embedding_share = 0.0      # of a clock that counts what d dimensions show; 0 = published
 replaced_share = 0.0             # ours: up to this share of a row is wrong in the input
+context_share = 0.0              # ours: of the rows, told some tokens: for prompts, blanks, refining
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
@@ -88,9 +89,10 @@ require_in(settings, "[1, inf)", "block_size", "n_layer", "n_head", "n_embd", "n
            "mlp_ratio")
 require_in(settings, "[0, inf)", "position_std", "time_scale", "attention_softcap", "logit_softcap",
            "embed_lr_scale")
-require_in(settings, "[0, 1]", "clock_embedding_share", "replaced_share")
-if replaced_share and method != "flm":
-    fail(f"replaced_share is for method=flm; add --replaced_share=0 for {method}")
+require_in(settings, "[0, 1]", "clock_embedding_share", "replaced_share", "context_share")
+for name in ("replaced_share", "context_share"):
+    if settings[name] and method != "flm":
+        fail(f"{name} is for method=flm; add --{name}=0 for {method}")
 if replaced_share and batch_size == 1:
     fail("replaced_share takes tokens from other rows of a batch; set batch_size above 1")
 if method == "ar" and attention_softcap:
@@ -126,8 +128,9 @@ def batch(n: int):
 method_module = importlib.import_module("flow" if method == "flm" else f"baselines.{method}")
 path = Path(out_dir) / f"{method}.pt"
 model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
-              if field.name in settings}
-fixed = (*model_args, "clock_embedding_share", "replaced_share", "embed_lr_scale", *ckpt.FIXED)
+              if field.name in settings} | dict(context=context_share > 0)
+fixed = (*model_args, "clock_embedding_share", "replaced_share", "context_share", "embed_lr_scale",
+         *ckpt.FIXED)
 checkpoint = ckpt.load_resumable(path, method, init_from, settings, fixed, machine)
 torch.manual_seed(seed)
 if checkpoint:
@@ -153,6 +156,8 @@ class Loss(nn.Module):
 
     def forward(self, y, tau, rng):
         extra = {"replaced_share": replaced_share} if replaced_share else {}
+        if context_share:
+            extra["known"] = draw_known(y.shape, context_share, rng)            # (B, L)
         with machine.autocast():
             return method_module.loss(self.net, clock, y, tau, rng, **extra)
 
