@@ -40,8 +40,9 @@ dataset = "stories"              # must have the vocabulary that the FLM was tra
 teacher_path = ""                # the FLM, ours or a released .ckpt; "" = out_dir/flm.pt
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
-init_from = "scratch"            # from the teacher; or resume: continue out_dir/fmlm.pt exactly
+init_from = "scratch"            # from the teacher; resume: continue out_dir/fmlm.pt; or auto
 eval_interval = 250              # steps between validations; each also writes the checkpoint
+keep_best = False                # also keep that of the lowest validation loss, as fmlm.best.pt
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
@@ -215,9 +216,9 @@ del checkpoint
 log = ckpt.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
 
 
-def save() -> None:
+def save(best: bool = False) -> None:
     if machine.main:
-        ckpt.save_checkpoint(path, dict(
+        ckpt.save_checkpoint(path, best=best, checkpoint=dict(
             format="flm-1", kind="fmlm", model_config=asdict(student.config),
             model=student.state_dict(), ema=ema.state_dict(),
             optimizers=[opt.state_dict() for opt in optimizers],
@@ -256,6 +257,7 @@ if machine.main:
     n_tokens = max_iters * sequences * block_size
     print(f"flow map of {teacher_path}; {machine.describe()}; {max_iters:,} steps, "
           f"{n_tokens / len(data.tokens):.1f} epochs -> {path}", flush=True)
+skipped = 0                                                         # steps in a row
 progress = Progress(step, max_iters, sequences * block_size)
 next_batch = batch(step * local_steps)
 while True:
@@ -273,7 +275,7 @@ while True:
                   f"by length 0..1: "
                   + " ".join(f"{x:.2f}" for x in bins[1:]).replace("nan", "-"), flush=True)
         if step > 0:
-            save()
+            save(best=keep_best and log.lowest("val_loss", mean))
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):
         break
@@ -294,6 +296,8 @@ while True:
         machine.scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(student.parameters(), grad_clip or math.inf)
     overflow = machine.scaler.is_enabled() and not norm.isfinite()
+    skipped = skipped + 1 if overflow else 0
+    ckpt.require_progress(skipped, step)
     for opt in optimizers:
         if not overflow:
             machine.scaler.step(opt)

@@ -400,11 +400,14 @@ class SumBySlices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function, head, hidden, tensors, *parameters):
-        values, of_hidden, of_head = [], [], None
+        values, of_hidden, of_head, scale = [], [], None, None
         for part, *rest in slices(head, hidden.detach(), *tensors):
+            if scale is None:  # float16 could not hold the sum of many gradients; exact elsewhere
+                scale = 2.0 ** -(len(part) // 1024).bit_length()
             with torch.enable_grad():
                 value = function(head(part.requires_grad_()), *rest)            # (n, k)
-                gradient, *more = torch.autograd.grad(value[:, 0].sum(), (part, *parameters))
+                gradient, *more = torch.autograd.grad(value[:, 0].sum() * scale,
+                                                      (part, *parameters))
             values.append(value.detach())
             of_hidden.append(gradient)
             if of_head is None:
@@ -416,12 +419,13 @@ class SumBySlices(torch.autograd.Function):
         values = torch.cat(values)                                  # (B L, k)
         ctx.mark_non_differentiable(values)
         ctx.save_for_backward(torch.cat(of_hidden), *of_head)
+        ctx.scale = scale
         return values[:, 0].sum(), values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, scale, _):
-        of_hidden, *of_head = (gradient.mul_(scale) for gradient in ctx.saved_tensors)
+    def backward(ctx, gradient, _):
+        of_hidden, *of_head = (saved.mul_(gradient / ctx.scale) for saved in ctx.saved_tensors)
         return None, None, of_hidden, None, *of_head
 
 

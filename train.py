@@ -37,8 +37,9 @@ from model import FlowTransformer, ModelConfig
 # -- input and output
 out_dir = "out/stories"          # flm.pt and flm.jsonl (the log) go here
 dataset = "stories"              # a folder of data/ that its prepare.py has filled
-init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly
+init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly; auto: if there is one
 eval_interval = 250              # steps between validations; each also writes the checkpoint
+keep_best = False                # also keep that of the lowest validation loss, as flm.best.pt
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
@@ -198,9 +199,9 @@ del checkpoint                                                      # its memory
 log = ckpt.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
 
 
-def save() -> None:
+def save(best: bool = False) -> None:
     if machine.main:
-        ckpt.save_checkpoint(path, dict(
+        ckpt.save_checkpoint(path, best=best, checkpoint=dict(
             format="flm-1", kind=method, model_config=asdict(model.config),
             model=model.state_dict(), ema=ema.state_dict(),
             optimizers=[opt.state_dict() for opt in optimizers],
@@ -237,6 +238,7 @@ if machine.main:
           f"L = {block_size}; {machine.describe()}")
     print(f"{max_iters:,} steps of {sequences * block_size:,} tokens = {n_tokens / 1e6:.1f} M "
           f"tokens ({n_tokens / len(data.tokens):.1f} epochs) -> {path}", flush=True)
+skipped = 0                                                         # steps in a row
 progress = Progress(step, max_iters, sequences * block_size)
 next_batch = batch(step * local_steps)
 while True:
@@ -252,7 +254,7 @@ while True:
             print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: "
                   + " ".join(f"{x:.2f}" for x in bins).replace("nan", "-"), flush=True)
         if step > 0:
-            save()
+            save(best=keep_best and log.lowest("val_loss", mean))
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):
         break
@@ -275,6 +277,8 @@ while True:
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     # float16 only: the scaler would step the optimizer whose own gradients are finite.
     overflow = machine.scaler.is_enabled() and not norm.isfinite()
+    skipped = skipped + 1 if overflow else 0
+    ckpt.require_progress(skipped, step)
     for opt in optimizers:
         if not overflow:
             machine.scaler.step(opt)

@@ -22,7 +22,7 @@ def read_text(path: Path) -> str:
     are. Exits when the documents cannot be read."""
     if path.suffix in corpus.LOADERS and path.suffix != ".txt":
         return "\n".join(text or "" for text in corpus.read_documents(path)["text"])
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def every_20th(items: Sequence) -> tuple[list, list]:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -60,18 +61,47 @@ def require_writable(path: Path) -> None:
         fail(f"cannot write {path} ({error.strerror})")
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically. Exits, the last one as it was, when the weights diverged."""
+def save_checkpoint(path: Path, checkpoint: dict, best: bool = False) -> None:
+    """Write a checkpoint atomically, to flm.pt, say. The one before is kept as flm.prev.pt, and if
+    this is the best so far it is kept as flm.best.pt, too. Exits, the last one as it was, when the
+    weights diverged."""
     if not all(p.isfinite().all() for p in checkpoint["model"].values()):
         fail(f"the weights diverged before step {checkpoint['step']}; {path} is left as it was; "
              f"try a lower learning_rate")
+    if path.exists():
+        keep_as(path, "prev")
     replace_file(path, lambda file: torch.save(checkpoint, file))
+    if best:
+        keep_as(path, "best")
+
+
+def keep_as(path: Path, name: str) -> None:
+    """Keep flm.pt as flm.<name>.pt, too. No copy is made: files are replaced, never rewritten, so
+    both names can stand for one."""
+    part, target = path.with_suffix(f".{name}.tmp"), path.with_suffix(f".{name}.pt")
+    try:
+        part.unlink(missing_ok=True)
+        try:
+            os.link(path.resolve(), part)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, part)
+        os.replace(part, target)
+    except OSError as error:
+        fail(f"cannot write {target} ({error.strerror}); {path} is untouched")
 
 
 def require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         fail(f"the loss is not finite at step {step}; the last checkpoint is untouched; try a "
              f"lower learning_rate")
+
+
+def require_progress(skipped: int, step: int) -> None:
+    """Exits when float16 overflowed in 20 steps in a row. A few are normal: the loss scale is found
+    by trial, and halved each time."""
+    if skipped == 20:
+        fail(f"float16 overflowed in the 20 steps before {step}, which were skipped; the last "
+             f"checkpoint is untouched; use --dtype=bfloat16 or float32, or a smaller batch_size")
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
@@ -220,10 +250,11 @@ FIXED = ("optimizer", "beta1", "beta2", "weight_decay", "batch_size",
 
 def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed: Iterable[str],
                    machine: Machine) -> dict | None:
-    """The checkpoint to continue for init_from = "resume", None for "scratch". Exits when it was
-    made with other values of the `fixed` settings; says so where others differ."""
-    require_choice("init_from", init_from, ("scratch", "resume"))
-    if init_from == "scratch":
+    """The checkpoint to continue for init_from = "resume", None for "scratch"; "auto" continues if
+    there is one. Exits when it was made with other values of the `fixed` settings; says so where
+    others differ."""
+    require_choice("init_from", init_from, ("scratch", "resume", "auto"))
+    if init_from == "scratch" or init_from == "auto" and not path.exists():
         return None
     checkpoint = load_checkpoint(path, kind)
     if "model" not in checkpoint:
@@ -297,6 +328,11 @@ class Log:
         kept = [record for record in read_log(path) if record["step"] <= step] if resumed else []
         write_lines(path, kept)
 
+    def lowest(self, key: str, value: float) -> bool:
+        """Whether no record of the log has a lower value."""
+        return bool(self.path) and value <= min(
+            (record[key] for record in read_log(self.path) if key in record), default=value)
+
     def write(self, step: int, **values) -> None:
         if self.path:
             try:
@@ -310,12 +346,12 @@ class Log:
 
 
 def set_aside(path: Path) -> None:
-    """Keep the checkpoint and the log of the run before under the next free name."""
+    """Keep the checkpoints and the log of the run before under the next free name."""
     if not path.exists():
         return
     names = (f"{path.stem}.old{i}" for i in itertools.count(1))
     kept = next(name for name in names if not path.with_stem(name).exists())
-    for file in (path.with_suffix(".jsonl"), path):
-        if file.exists():
-            os.replace(file, file.with_stem(kept))
+    for suffix in (".jsonl", ".prev.pt", ".best.pt", ".pt"):
+        if (file := path.with_suffix(suffix)).exists():
+            os.replace(file, file.with_name(kept + suffix))
     print(f"the run before is kept as {path.with_stem(kept)}", file=sys.stderr)

@@ -42,7 +42,13 @@ class Machine:
             # gloo beside nccl: asking who was interrupted must not wait for the GPU
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=timedelta(minutes=10))
+                # The others wait while one writes a checkpoint, which may take long. That a process
+                # has ended they notice at once.
+                store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+                # torchrun keeps the store when it restarts processes, with their old addresses.
+                attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                dist.init_process_group(backend, timeout=timedelta(hours=2), store=attempt,
+                                        rank=self.rank, world_size=self.world)
             except (RuntimeError, ValueError) as error:
                 fail(f"process {self.rank} did not find the others ({error}); start all of them "
                      f"with torchrun, and on several machines name the network that joins them, "

@@ -15,7 +15,7 @@ import flowmap
 from flow import Clock, cross_entropy, interpolate, latent_noise, noise_factor
 from flowmap import OBJECTIVES, kl_to_target, semigroup_weight
 from lib.machine import generator
-from model import FlowTransformer, Head, ModelConfig, cap
+from model import FlowTransformer, Head, ModelConfig, TimeEmbedding, cap
 
 SIZES = [2, 1024, 50257, 262144]
 clock_of = functools.cache(Clock)
@@ -297,3 +297,44 @@ def test_text_depends_on_its_own_noise_alone(flow_map, steps, gamma, dtype):
         first, second = (generate(model, steps, gamma, samples)
                          for samples in ([0, 1, 2, 3, 4], [7, 1, 9, 3, 8]))
     assert torch.equal(first[[1, 3]], second[[1, 3]]) and not torch.equal(first[0], second[0])
+
+
+def test_the_head_s_gradient_in_float16_does_not_overflow():
+    """262,144 tokens of which all are the first: the head's gradient, summed over them, is beyond
+    65,504, the largest float16. Unscaled, every step would be skipped."""
+    V, B, L, d = 2, 4096, 64, 8
+    hidden = 4 * torch.ones(B, L, d) + 0.1 * torch.randn(B, L, d)
+    y, found = torch.zeros(B, L, dtype=torch.long), {}
+    for dtype in (torch.float32, torch.float16):
+        head = Head(ModelConfig(V, L, n_head=4, n_embd=d))
+        torch.nn.init.normal_(head.weight, std=0.01, generator=generator(3))
+        torch.nn.init.zeros_(head.bias)
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            scaled = cross_entropy(head, leaf.to(dtype), y)[0] * 2 ** 16
+        scaled.backward()
+        found[dtype] = head.weight.grad, leaf.grad
+        if dtype == torch.float16:  # what would overflow
+            assert (0.5 * hidden.sum((0, 1))).min() > torch.finfo(dtype).max
+    for ours, exact in zip(found[torch.float16], found[torch.float32]):
+        assert ours.isfinite().all() and error(ours, exact) < 2e-3
+
+
+def test_time_embedding_is_not_in_16_bits():
+    """A step of tau of 1/1024 must move it by more than rounding does."""
+    torch.manual_seed(0)
+    embedding = TimeEmbedding(128, 1.0)
+    tau = torch.linspace(0, 1, 9)
+    exact = embedding(tau)
+    step = (embedding(tau + 1 / 1024) - exact).abs().mean().item()
+    with autocast(torch.bfloat16):
+        found = embedding(tau)
+        low = embedding.fc2(F.silu(embedding.fc1(features(tau))))   # as it would be under autocast
+    assert torch.equal(found, exact)
+    assert (low.float() - exact).abs().mean().item() > step > 0
+
+
+def features(tau):
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    phases = tau[:, None] * frequencies
+    return torch.cat([phases.cos(), phases.sin()], -1)

@@ -5,15 +5,17 @@ full disk goes on from its last checkpoint to the very bits of a run that was le
 moving average, optimizer state and log.
 """
 
+import math
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from programs import TINY, TWO, Fork, log, quick_run, same, start
+from programs import TINY, TWO, Fork, inside, log, mistake, quick_run, same, start
 
 from lib import checkpoint as ckpt
 from lib.machine import Machine, Progress
@@ -247,3 +249,59 @@ def test_changed_settings_are_told_or_refused(toy, tmp_path):
     _, _, said = Fork(*command, "--learning_rate=0.001").end()
     assert said.splitlines() == ["from here on max_iters=7, until now 6",
                                  "from here on learning_rate=0.001, until now 0.002"]
+
+
+def test_a_killed_worker_goes_on_when_torchrun_restarts_it(toy, undisturbed, tmp_path):
+    """With init_from=auto a run starts where nothing is there and goes on where something is."""
+    disturbed = Run(toy, "train.py", 2, tmp_path)
+    process = start(*disturbed.command, "--init_from=auto", launcher=(*TWO, "--max_restarts=1"))
+    disturbed.wait_for(lines=24)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    found = torch.load(disturbed.path), log(disturbed.path.with_suffix(".jsonl"))
+    assert_same_run(found, undisturbed("train.py", 2))
+
+
+def test_keeps_the_checkpoint_before_and_the_best(toy, tmp_path, monkeypatch):
+    """The one before the last, and with keep_best that of the lowest validation loss, also of a run
+    in two parts. A new run sets all of them aside."""
+    words = ["train.py", *toy[1], *TINY, "--keep_best", f"--out_dir={tmp_path}"]
+    losses = iter([9.0, 3.0, 5.0, 4.0, 2.5, 3.5])
+    write, lowest = ckpt.Log.write, ckpt.Log.lowest
+    replaced = lambda log: ckpt.read_log(log.path)[-1]["val_loss"]
+    monkeypatch.setattr(ckpt.Log, "write", lambda self, step, **values: write(
+        self, step, **values | ({"val_loss": next(losses)} if "val_loss" in values else {})))
+    monkeypatch.setattr(ckpt.Log, "lowest", lambda self, key, _: lowest(self, key, replaced(self)))
+    steps = lambda: {name: torch.load(tmp_path / f"flm{name}.pt")["step"]
+                     for name in ("", ".prev", ".best")}
+    inside(monkeypatch, *words, "--max_iters=9", "--eval_interval=3")
+    assert steps() == {"": 9, ".prev": 6, ".best": 3}
+    inside(monkeypatch, *words, "--init_from=resume", "--max_iters=15", "--eval_interval=3")
+    assert steps() == {"": 15, ".prev": 12, ".best": 12}
+    monkeypatch.undo()
+    inside(monkeypatch, *words, "--max_iters=3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "flm.best.pt", "flm.jsonl", "flm.old1.best.pt", "flm.old1.jsonl", "flm.old1.prev.pt",
+        "flm.old1.pt", "flm.pt"]
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    path = tmp_path / "flm.pt"
+    path.write_bytes(b"one")
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(os, "link", refuse)
+    ckpt.keep_as(path, "prev")
+    assert (tmp_path / "flm.prev.pt").read_bytes() == b"one" and path.exists()
+
+
+def test_float16_that_always_overflows_stops(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    said = mistake(monkeypatch, "train.py", *toy[1], *TINY, f"--out_dir={tmp_path}",
+                   "--dtype=float16", "--max_iters=30")
+    assert said == ("error: float16 overflowed in the 20 steps before 19, which were skipped; the "
+                    "last checkpoint is untouched; use --dtype=bfloat16 or float32, or a smaller "
+                    "batch_size")

@@ -22,7 +22,7 @@ def main() -> None:
     settings = {"source": corpus.file_stamp(args.file, utf8=True) if args.file else URL}
     if corpus.is_ready(args.out_dir, settings, args.force):
         return
-    text = args.file.read_text(encoding="utf-8") if args.file else corpus.download(URL).decode()
+    text = args.file.read_text(encoding="utf-8-sig") if args.file else corpus.download(URL).decode()
     enc = tokenizer.char_encoding(text, "shakespeare_char")
     ids = tokenizer.encode_text(enc, text)
     n_train = len(ids) * 9 // 10
