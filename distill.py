@@ -37,8 +37,10 @@ from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, P
 # -- input and output
 out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
 dataset = "stories"              # must have the vocabulary that the FLM was trained on
-teacher_path = ""                # the FLM, ours or a released .ckpt; "" = out_dir/flm.pt
+teacher_path = ""                # the FLM, ours or a released one (.ckpt, .safetensors or
+                                 # hf:owner/name); "" = out_dir/flm.pt
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
+n_head = 0                       # of a released teacher that does not say it
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
 init_from = "scratch"            # from the teacher; resume: continue out_dir/fmlm.pt; or auto
 eval_interval = 250              # steps between validations; each also writes the checkpoint
@@ -85,7 +87,7 @@ require_in(settings, "[0, 1)", "diagonal_share")
 require_in(settings, "[0, 1]", "full_jump_share", "context_share")
 require_in(settings, "(0, 1)", "split")
 require_in(settings, "(0, inf)", "teacher_temperature")
-require_in(settings, "[0, inf)", "block_size")
+require_in(settings, "[0, inf)", "block_size", "n_head")
 n_diagonal = round(diagonal_share * batch_size)
 if n_diagonal == batch_size or (diagonal_share and not n_diagonal):
     fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for "
@@ -108,7 +110,7 @@ sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 path = Path(out_dir) / "fmlm.pt"
 teacher_path = teacher_path or str(Path(out_dir) / "flm.pt")
-source = ckpt.load_checkpoint(teacher_path, "flm", trust_checkpoint)
+source = ckpt.load_checkpoint(teacher_path, "flm", trust_checkpoint, n_head)
 block_size = ckpt.set_length(source, block_size, teacher_path)
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)

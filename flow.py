@@ -274,7 +274,7 @@ def draw_tokens(head: nn.Module, hidden: Tensor, rng: torch.Generator, temperatu
 def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gamma: float = 0.0,
            noise: Callable[[], Tensor] | None = None, last: Callable = most_likely,
            temperature: float = 1.0, weak: Callable | None = None, eta: float = 1.0,
-           watch: Callable[[Callable, Tensor], None] | None = None) -> Tensor:
+           watch: Callable[[Callable, Tensor], None] | None = None, rescale: bool = True) -> Tensor:
     """Tokens (B, L) from noise z (B, L, d), in `steps` moves on a uniform grid of tau.
 
     The network, a flow (times = 1) or a flow map (2), gives hidden states (B, L, d) of the
@@ -283,7 +283,10 @@ def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gam
 
     gamma in [0, 1] makes it stochastic. Instead of landing at t, go on to t~ with 1 - t~ = (1 - t)
     sqrt(1 - gamma^2). Then add noise until the state is as noisy as at t again, (t / t~) z +
-    sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0. noise() draws a fresh z0 (B, L, d).
+    sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0. noise() draws a fresh z0 (B, L, d). After an exact
+    jump to t~ the law at t is exact. With rescale = False it is done as by the authors, who step
+    back from the aim: z - (t~ - t) aim + gamma (1 - t) z0. That has the law at t only where the aim
+    is the text itself. Both are the same at gamma 0 and 1; in between theirs adds less fresh noise.
 
     weak makes it guided by a worse network with the same E: a move aims at D_weak + eta (D -
     D_weak), past D, away from what the worse one would do (autoguidance, arXiv 2406.02507). The
@@ -306,7 +309,10 @@ def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gam
             if weak:
                 aim = torch.lerp(expected_embedding(weak.head, weaker, E, temperature), aim, eta)
             z = move(z, aim, s, beyond)
-            if gamma:
+            if gamma and not rescale:
+                back, fresh = (beyond - t).to(z.dtype), (gamma * (1 - t)).to(z.dtype)
+                z = z - back * aim + fresh * noise()
+            elif gamma:
                 kept = t / beyond
                 fresh = ((1 - t) ** 2 - kept ** 2 * (1 - beyond) ** 2).clamp_min(0).sqrt()
                 z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()

@@ -5,6 +5,7 @@
     python sample.py --out_dir=out/owt --num_samples=64 --out=samples.jsonl
     python sample.py --init_from=owt_fmlm.ckpt --trust_checkpoint   # a checkpoint of the authors
     python sample.py --init_from=lm1b_fmlm.ckpt --trust_checkpoint --vocabulary=vocab.txt
+    python sample.py --init_from=hf:owner/name      # their model.safetensors, from the hub
 
 Reads out_dir/fmlm.pt, or flm.pt if there is no flow map yet. Needs no data folder: the tokenizer is
 in the checkpoint. Prints a table, a row for each number of steps, then the texts, those from the
@@ -28,8 +29,10 @@ from lib.machine import SAMPLE_NOISE, Machine, generator
 
 out_dir = ""                     # of train.py and distill.py; "" = out/stories, or before you have
                                  # trained there weights/stories, which comes with the code
-init_from = ""                   # a checkpoint instead: ours, or one the authors released (.ckpt)
+init_from = ""                   # a checkpoint instead: ours, or one the authors released (.ckpt,
+                                 # .safetensors or hf:owner/name)
 trust_checkpoint = False         # read it although it holds Python objects besides tensors
+n_head = 0                       # of a released checkpoint that does not say it
 vocabulary = ""                  # of a released checkpoint: vocab.txt, tokenizer.json; "" = GPT-2
 model = "auto"                   # fmlm, flm, or auto: fmlm if there is one
 steps = "1"                      # network evaluations per text; several as 1,2,4,8
@@ -47,7 +50,7 @@ seed = 1
 settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
 require_in(settings, "[1, inf)", "num_samples")
-require_in(settings, "[0, inf)", "block_size", "seed")
+require_in(settings, "[0, inf)", "block_size", "n_head", "seed")
 require_in(settings, "[0, 1000000]", "flow_steps")
 require_in(settings, "[0, 1]", "gamma")
 require_in(settings, "[1e-3, 1e3]", "noise_scale", "temperature")  # beyond, float32 overflows
@@ -72,7 +75,8 @@ if not out_dir:
         out_dir = shipped
 flow_path, map_path = Path(out_dir) / "flm.pt", Path(out_dir) / "fmlm.pt"
 if init_from:
-    checkpoint = ckpt.load_checkpoint(init_from, model.replace("auto", ""), trust_checkpoint)
+    checkpoint = ckpt.load_checkpoint(init_from, model.replace("auto", ""), trust_checkpoint,
+                                      n_head)
     if checkpoint["kind"] not in ckpt.KINDS:
         fail(f"{init_from} is a baseline ({checkpoint['kind']}), which sample.py would read as a "
              f"flow; eval/evaluate.py samples it")

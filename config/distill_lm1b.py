@@ -2,7 +2,10 @@
 
     torchrun --nproc_per_node=8 distill.py config/distill_lm1b.py
 
-512 sequences = 8 processes x 64 sequences x 1 micro-step.
+512 sequences = 8 processes x 64 sequences x 1 micro-step. Of the flow that the authors released:
+
+    python data/lm1b/prepare.py --vocabulary=vocab.txt --out_dir=data/lm1b_bert
+    ... config/distill_lm1b.py --dataset=lm1b_bert --teacher_path=lm1b_flm.ckpt --trust_checkpoint
 """
 
 out_dir = "out/lm1b"

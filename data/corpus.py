@@ -27,7 +27,7 @@ import numpy as np
 import tiktoken
 
 from data import tokenizer
-from data.loader import identity
+from data.loader import WordPieces, identity
 from lib.settings import fail
 
 if TYPE_CHECKING:  # slow to import, and the small sets do without it
@@ -94,7 +94,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def write_bins(out_dir: Path, enc: tiktoken.Encoding, train_ids: Iterable[np.ndarray],
+def write_bins(out_dir: Path, enc: tiktoken.Encoding | WordPieces, train_ids: Iterable[np.ndarray],
                val_ids: Iterable[np.ndarray], row_length: int | None,
                settings: dict | None = None, checker: str | None = None) -> None:
     """Write a prepared set into the folder `out_dir`, made if need be.
@@ -231,24 +231,39 @@ def hold_out(documents: "Dataset", val_docs: int | None) -> tuple["Dataset", "Da
     return documents.select(range(first)), documents.select(range(first, len(documents)))
 
 
-def tokenise(documents: "Dataset", enc: tiktoken.Encoding, num_proc: int) -> "Dataset":
-    """The ids of each document that is not blank and that `enc` spells, EOS after it, in a column
-    `ids`. They lie in the datasets cache on disk, where a second call with the same arguments finds
-    them."""
+def row_ends(enc: tiktoken.Encoding | WordPieces) -> tuple[int, int]:
+    """The first and the last token of a packed row. The last one also ends every document."""
+    if isinstance(enc, WordPieces):
+        return enc.words.index("[CLS]"), enc.words.index("[SEP]")
+    return enc.eot_token, enc.eot_token
+
+
+def tokenise(documents: "Dataset", enc: tiktoken.Encoding | WordPieces, num_proc: int,
+             clean: Callable[[str], str] | None = None) -> "Dataset":
+    """The ids of each document that is not blank and that `enc` spells, after `clean`, EOS after
+    it, in a column `ids`. They lie in the datasets cache on disk, where a second call with the same
+    arguments finds them."""
     from datasets import Features, List, Value
 
     return documents.map(
-        tokenise_batch, batched=True, fn_kwargs={"enc": enc}, desc="tokenise",
+        tokenise_batch, batched=True, fn_kwargs={"enc": enc, "clean": clean}, desc="tokenise",
         num_proc=num_proc if num_proc > 1 else None, remove_columns=documents.column_names,
         features=Features({"ids": List(Value(dtype_for(enc.n_vocab).name))}))
 
 
-def tokenise_batch(batch: dict, enc: tiktoken.Encoding) -> dict:
-    unknown = tokenizer.unknown_to(enc)
-    texts = [text for text in batch["text"]
-             if text and not text.isspace() and unknown(text) is None]
-    ids = enc.encode_ordinary_batch(texts, num_threads=1)  # the cores go to the processes of `map`
-    return {"ids": [document + [enc.eot_token] for document in ids]}
+def tokenise_batch(batch: dict, enc: tiktoken.Encoding | WordPieces,
+                   clean: Callable[[str], str] | None = None) -> dict:
+    texts = [clean(text) if clean else text for text in batch["text"]
+             if text and not text.isspace()]
+    if isinstance(enc, WordPieces):
+        encoder = tokenizer.word_piece_encoder(enc)
+        ids = [found.ids for found in encoder.encode_batch(texts)]
+    else:
+        unknown = tokenizer.unknown_to(enc)
+        known = [text for text in texts if unknown(text) is None]
+        ids = enc.encode_ordinary_batch(known, num_threads=1)  # the cores go to `map`'s processes
+    _, last = row_ends(enc)
+    return {"ids": [document + [last] for document in ids]}
 
 
 def read_ids(tokenised: "Dataset", desc: str) -> Iterator[np.ndarray]:
@@ -262,9 +277,11 @@ def read_ids(tokenised: "Dataset", desc: str) -> Iterator[np.ndarray]:
         yield pyarrow.compute.list_flatten(table["ids"]).to_numpy()
 
 
-def pack(pieces: Iterable[np.ndarray], eos: int, row_length: int) -> Iterator[np.ndarray]:
-    """Cut a stream of ids, in 1-D pieces of any length, into rows (n, L) = [EOS, L - 2 ids, EOS].
-    Ids left at the end, too few for a row, are dropped. Raises ValueError when L is below 3."""
+def pack(pieces: Iterable[np.ndarray], eos: int, row_length: int, first: int | None = None
+         ) -> Iterator[np.ndarray]:
+    """Cut a stream of ids, in 1-D pieces of any length, into rows (n, L) = [EOS, L - 2 ids, EOS],
+    with `first` for the first EOS where it is given. Ids left at the end, too few for a row, are
+    dropped. Raises ValueError when L is below 3."""
     body = row_length - 2
     if body < 1:
         raise ValueError(f"row_length {row_length}: a row is EOS, at least one id, and EOS")
@@ -274,6 +291,8 @@ def pack(pieces: Iterable[np.ndarray], eos: int, row_length: int) -> Iterator[np
         n = len(stream) // body
         rows = np.full((n, row_length), eos, dtype=stream.dtype)
         rows[:, 1:-1] = stream[:n * body].reshape(n, body)
+        if first is not None:
+            rows[:, 0] = first
         rest = stream[n * body:]
         yield rows
 
@@ -300,14 +319,16 @@ def learn(kind: str, texts: Sequence[str], vocab_size: int, name: str,
         fail(str(error))
 
 
-def write_packed(out_dir: Path, enc: tiktoken.Encoding, train: "Dataset", val: "Dataset",
-                 block_size: int, num_proc: int, settings: dict | None = None) -> None:
+def write_packed(out_dir: Path, enc: tiktoken.Encoding | WordPieces, train: "Dataset",
+                 val: "Dataset", block_size: int, num_proc: int, settings: dict | None = None,
+                 clean: Callable[[str], str] | None = None) -> None:
     """Tokenise, pack and write two splits of documents as rows of `block_size` tokens. `enc` needs
-    the token <|endoftext|>. Memory stays at a few thousand documents however many there are."""
-    rows = []
+    the token <|endoftext|>, or [CLS] and [SEP]; documents first go through `clean`. Memory stays at
+    a few thousand documents however many there are."""
+    rows, (first, last) = [], row_ends(enc)
     for split, documents in (("train", train), ("val", val)):
-        tokenised = tokenise(documents, enc, num_proc)
-        rows.append(pack(read_ids(tokenised, f"write {split}"), enc.eot_token, block_size))
+        tokenised = tokenise(documents, enc, num_proc, clean)
+        rows.append(pack(read_ids(tokenised, f"write {split}"), last, block_size, first))
         if len(tokenised) < len(documents):
             print(f"{split}: left out {len(documents) - len(tokenised):,} documents, blank or with "
                   f"a character outside the vocabulary")
@@ -316,10 +337,12 @@ def write_packed(out_dir: Path, enc: tiktoken.Encoding, train: "Dataset", val: "
 
 def prepare_packed(doc: str, folder: Path, block_size: int, source: str,
                    from_hub: Callable[[int | None], tuple["Dataset", "Dataset"]],
-                   vocab_size: int | None = None) -> None:
+                   vocab_size: int | None = None, clean: Callable[[str], str] | None = None
+                   ) -> None:
     """All of a packed set's script. block_size: the default. source: the hub's set and revision.
     from_hub(--val_docs) -> (train, val) is not called with --file. vocab_size: the default of byte
-    pairs learnt from the training documents; None for GPT-2's vocabulary."""
+    pairs learnt from the training documents; None for GPT-2's vocabulary. clean: makes of a text
+    what a BERT's word pieces are cut from, in sets that can have those (--vocabulary)."""
     p = parser(doc, folder)
     p.add_argument("--file", type=Path, help="a local .parquet, .jsonl, .json or .txt instead")
     p.add_argument("--block_size", type=int, default=block_size, help="tokens in a row, L")
@@ -327,6 +350,9 @@ def prepare_packed(doc: str, folder: Path, block_size: int, source: str,
     p.add_argument("--num_proc", type=int, default=min(8, os.cpu_count() or 1))
     if vocab_size:
         p.add_argument("--vocab_size", type=int, default=vocab_size, help="byte pairs, V")
+    if clean:
+        p.add_argument("--vocabulary", type=Path,
+                       help="vocab.txt of bert-base-uncased: its word pieces, not GPT-2's tokens")
     args = p.parse_args()
     if args.block_size < 3:
         fail("--block_size must be at least 3: EOS, a token, EOS")
@@ -336,16 +362,23 @@ def prepare_packed(doc: str, folder: Path, block_size: int, source: str,
                 "block_size": args.block_size, "val_docs": args.val_docs}
     if vocab_size:
         settings["vocab_size"] = args.vocab_size
+    pieces = clean and args.vocabulary
+    if pieces:
+        settings["vocabulary"] = file_stamp(pieces, utf8=True)
     if is_ready(args.out_dir, settings, args.force):
         return
+    if pieces:  # said before the download what is wrong with it
+        enc = tokenizer.read_word_pieces(pieces)
+        tokenizer.word_piece_encoder(enc)
     if args.file:
         train, val = hold_out(read_documents(args.file), args.val_docs)
     else:
         train, val = from_hub(args.val_docs)
     if vocab_size:
         enc = learn("bpe", train["text"], args.vocab_size, folder.name)
-    else:
+    elif not pieces:
         from lib.released import gpt2_encoding  # needs PyTorch, which is slow to import
 
         enc = gpt2_encoding()
-    write_packed(args.out_dir, enc, train, val, args.block_size, args.num_proc, settings)
+    write_packed(args.out_dir, enc, train, val, args.block_size, args.num_proc, settings,
+                 clean if pieces else None)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tiktoken
 from lib.settings import fail
 
 HERE = Path(__file__).parent
+WORD_PIECES = "WordPiece"  # stands for pat_str in the tokenizer.json of a BERT's vocabulary
 
 
 def folder_of(dataset: str) -> Path:
@@ -93,7 +95,26 @@ class Data:
         return row
 
 
-def tokenizer_from_dict(d: dict) -> tiktoken.Encoding:
+class Encoding(tiktoken.Encoding):
+    """Decodes ids past its tokens to nothing: a network may have one more, for padding."""
+
+    def decode(self, tokens: list[int], errors: str = "replace") -> str:
+        return super().decode([i for i in tokens if i < self.n_vocab], errors)
+
+
+class WordPieces:
+    """The vocabulary of a BERT, by id: words, and pieces that go on with a word, such as "##s"."""
+
+    def __init__(self, name: str, words: list[str]):
+        self.name, self.words, self.n_vocab = name, words, len(words)
+
+    def decode(self, ids: list[int]) -> str:
+        """Pieces are joined. No space stays before . , ? ! or around an apostrophe."""
+        text = " ".join(self.words[i] for i in ids if i < self.n_vocab).replace(" ##", "")
+        return re.sub(r" ([.,?!])", r"\1", text).replace(" ' ", "'")
+
+
+def tokenizer_from_dict(d: dict) -> Encoding | WordPieces:
     """The encoding that tokenizer.to_dict described. Raises ValueError, in one line, otherwise."""
     try:
         name, pattern, special = d["name"], d["pat_str"], dict(d["special_tokens"])
@@ -110,11 +131,13 @@ def tokenizer_from_dict(d: dict) -> tiktoken.Encoding:
     n, ids = len(tokens), list(special.values())
     if any(type(i) is not int for i in ids) or sorted(ids) != list(range(n, n + len(ids))):
         raise ValueError(f"tokenizer: special tokens must have the ids from {n} on, without a gap")
+    if pattern == WORD_PIECES:
+        return WordPieces(name, [token.decode() for token in tokens])
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def text_of(encoding: tiktoken.Encoding, row: list[int]) -> str:
+def text_of(encoding: Encoding | WordPieces, row: list[int]) -> str:
     """The text of a row of ids. It ends at the first <|endoftext|>; but where the row begins with
     one, it is packed: its documents are joined by a blank line."""
     first, *others = encoding.decode(row).split("<|endoftext|>")

@@ -1,11 +1,12 @@
 """Makes and saves tokenizers: how text becomes ids.
 
-A tokenizer is a `tiktoken.Encoding`: GPT-2's, byte pairs trained here, or one token a character or
-a word. It is stored as JSON data in a set's folder and in every checkpoint, so that no run depends
-on a name being looked up again.
+A tokenizer is a `tiktoken.Encoding` (GPT-2's, byte pairs trained here, or one token a character or
+a word) or the `WordPieces` of a BERT. It is stored as JSON data in a set's folder and in every
+checkpoint, so that no run depends on a name being looked up again.
 """
 
 import base64
+import functools
 import json
 import os
 from collections import Counter, defaultdict
@@ -16,7 +17,8 @@ import numpy as np
 import regex
 import tiktoken
 
-from data.loader import identity, tokenizer_from_dict  # noqa: F401  the way back
+from data.loader import WORD_PIECES, WordPieces, identity, tokenizer_from_dict  # noqa: F401
+from lib.settings import fail
 
 CHARACTER = r"(?s:.)"  # any one character, newline included
 
@@ -128,6 +130,38 @@ def merge(word: list[bytes], ranks: dict[bytes, int]) -> None:
         word[i:i + 2] = [word[i] + word[i + 1]]
 
 
+def read_word_pieces(path: str | Path) -> WordPieces:
+    """The vocabulary in a vocab.txt, a token a line. Exits when it is none."""
+    try:
+        words = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        fail(f"{path} is no vocabulary ({error})")
+    if "" in words or len(set(words)) < len(words):
+        fail(f"{path} is no vocabulary (a line is empty or there twice)")
+    return WordPieces("wordpiece", words)
+
+
+@functools.cache
+def word_piece_encoder(enc: WordPieces):
+    """What cuts text into word pieces as bert-base-uncased does, a `tokenizers.Tokenizer`. Exits
+    when that package is missing, or a token that it needs."""
+    try:
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    except ImportError:
+        fail("cutting text into word pieces needs the package tokenizers; run: pip install "
+             "tokenizers")
+    special = "[UNK]", "[CLS]", "[SEP]"
+    if missing := set(special) - set(enc.words):
+        fail(f"the vocabulary has no {min(missing)}; bert-base-uncased has its as vocab.txt")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prepare.py has processes instead
+    encoder = Tokenizer(models.WordPiece({word: i for i, word in enumerate(enc.words)},
+                                         unk_token="[UNK]"))
+    encoder.normalizer = normalizers.BertNormalizer()         # lower case, no accents
+    encoder.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # every sign stands alone
+    encoder.add_special_tokens(list(special))
+    return encoder
+
+
 def unknown_to(enc: tiktoken.Encoding) -> Callable[[str], str | None]:
     """A function of a text: the first character (of a vocabulary of words: the first word), in
     sorted order, that `enc` has no tokens for, or None. tiktoken itself panics at one."""
@@ -144,9 +178,12 @@ def unknown_to(enc: tiktoken.Encoding) -> Callable[[str], str | None]:
     return unknown
 
 
-def encode_text(enc: tiktoken.Encoding, text: str) -> np.ndarray:
+def encode_text(enc: tiktoken.Encoding | WordPieces, text: str) -> np.ndarray:
     """Ids of `text`, 1-D int64; special tokens in it are read as plain text. Raises ValueError
-    when the vocabulary cannot spell a character or a word."""
+    when the vocabulary cannot spell a character or a word. Word pieces spell all, some by [UNK];
+    there [CLS] and [SEP] stay tokens."""
+    if isinstance(enc, WordPieces):
+        return np.array(word_piece_encoder(enc).encode(text).ids, dtype=np.int64)
     piece = unknown_to(enc)(text)
     if piece is not None:
         code = f" (U+{ord(piece):04X})" if len(piece) == 1 else ""
@@ -154,12 +191,15 @@ def encode_text(enc: tiktoken.Encoding, text: str) -> np.ndarray:
     return np.array(enc.encode_ordinary(text), dtype=np.int64)
 
 
-def to_dict(enc: tiktoken.Encoding) -> dict:
+def to_dict(enc: tiktoken.Encoding | WordPieces) -> dict:
     """The encoding as JSON data: name, pat_str, tokens (base64, by id), special_tokens.
 
     Raises ValueError when ids are missing between 0 and V - 1: a model has an output for every id
     below V, so every such id must decode.
     """
+    if isinstance(enc, WordPieces):
+        tokens = [base64.b64encode(word.encode()).decode() for word in enc.words]
+        return {"name": enc.name, "pat_str": WORD_PIECES, "tokens": tokens, "special_tokens": {}}
     # tiktoken has no public way to ask for these three. Its documentation extends encodings by
     # reading the same attributes.
     ranks, special = enc._mergeable_ranks, enc._special_tokens
@@ -174,7 +214,7 @@ def to_dict(enc: tiktoken.Encoding) -> dict:
     }
 
 
-def save(enc: tiktoken.Encoding, path: str | Path) -> None:
+def save(enc: tiktoken.Encoding | WordPieces, path: str | Path) -> None:
     """Write the encoding to a JSON file. Raises as `to_dict` and `write_json` do."""
     write_json(to_dict(enc), path)
 

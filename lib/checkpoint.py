@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from data.loader import Data, tokenizer_from_dict
+from lib import released
 from lib.machine import Machine
 from lib.settings import fail, require_choice
 from model import FlowTransformer, ModelConfig
@@ -114,23 +115,27 @@ def write_lines(path: Path, records: list[dict]) -> None:
 KINDS = {"flm": "a flow (FLM, from train.py)", "fmlm": "a flow map (FMLM, from distill.py)"}
 
 
-def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False) -> dict:
-    """Read a checkpoint of train.py or distill.py, or one the authors released (lib/released.py),
-    into main memory.
+def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False, n_head: int = 0
+                    ) -> dict:
+    """Read a checkpoint of train.py or distill.py, or one the authors released (lib/released.py: a
+    .ckpt, a .safetensors or hf:owner/name), into main memory.
 
     kind: "flm" or "fmlm" when only that will do. trust: the file may hold Python objects besides
-    tensors. Exits when the file is missing, damaged, of another kind or something else.
+    tensors. n_head: of a released one that does not say it. Exits when the file is missing,
+    damaged, of another kind or something else.
     """
+    if str(path).startswith("hf:"):
+        path = released.fetch(path)
     if not os.path.isfile(path):
         fail(f"no checkpoint {path}; train.py writes flm.pt, distill.py reads it and writes "
              f"fmlm.pt")
     try:
-        checkpoint = read_tensors(path, trust)
+        exported = str(path).endswith(".safetensors")
+        checkpoint = released.read_export(path) if exported else read_tensors(path, trust)
         if not isinstance(checkpoint, dict) or not {"format", "state_dict"} & checkpoint.keys():
             raise ValueError("it has neither a format nor a state_dict")
         if "state_dict" in checkpoint:
-            from lib import released
-            checkpoint = released.translate(checkpoint)
+            checkpoint = released.translate(checkpoint, path, n_head)
         if checkpoint["format"] != "flm-1":
             raise ValueError(f"its format is {checkpoint['format']!r}")
         for key in ("ema", "settings", "step", "tokenizer", "vocabulary"):
@@ -171,7 +176,6 @@ def read_tensors(path: Path | str, trust: bool) -> dict:
     except pickle.UnpicklingError:
         if not trust:
             raise
-    from lib import released
     return torch.load(path, map_location="cpu", weights_only=False,
                       pickle_module=released.only_torch)
 
@@ -210,31 +214,21 @@ def set_length(checkpoint: dict, block_size: int, path: str) -> int:
 def find_tokenizer(checkpoint: dict, vocabulary: str):
     """What decodes the tokens of a checkpoint: its own tokenizer; for a released one GPT-2's, or
     the file `vocabulary`."""
-    V = checkpoint["model_config"]["vocab_size"]
     if checkpoint["tokenizer"] and not vocabulary:
         try:
             return tokenizer_from_dict(checkpoint["tokenizer"])
         except ValueError as error:
             fail(f"the checkpoint's {error}")
-    from lib import released
-    if vocabulary:
-        encoding = released.read_vocabulary(vocabulary)
-        if encoding.get_vocab_size() != V:
-            fail(f"{vocabulary} has {encoding.get_vocab_size()} tokens, the checkpoint {V}")
-        return encoding
-    if V != 50257:
-        fail(f"the checkpoint does not hold its {V} tokens; give --vocabulary=vocab.txt (for LM1B "
-             f"the one of bert-base-uncased)")
-    return released.gpt2_encoding()
+    return released.find_tokenizer(checkpoint["model_config"]["vocab_size"], vocabulary)
 
 
 def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
     """Exits when the data have another vocabulary than the checkpoint. A released checkpoint does
-    not hold its vocabulary: compare sizes; for 50,257 also require the name gpt2."""
+    not hold its vocabulary; there its size decides."""
     same = checkpoint["vocabulary"] == data.meta["tokenizer"]
     if checkpoint["vocabulary"] is None:
-        V = checkpoint["model_config"]["vocab_size"]
-        same = V == data.meta["vocab_size"] and (V != 50257 or data.tokenizer["name"] == "gpt2")
+        same = released.may_be_of(checkpoint["model_config"]["vocab_size"],
+                                  data.meta["vocab_size"], data.tokenizer)
     if not same:
         fail(f"{data.path.parent} has another vocabulary than the checkpoint; train on the set it "
              f"was trained on")

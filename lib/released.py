@@ -1,21 +1,32 @@
-"""The authors' released checkpoints as ours: sample.py --init_from=owt_fmlm.ckpt, and as the
-teacher of distill.py.
+"""The authors' released checkpoints as ours: for sample.py, as the teacher of distill.py, and for
+eval/evaluate.py.
 
-PyTorch Lightning wrote their files. `state_dict` holds the trained weights under their network's
-names (with `_orig_mod.` in them where it was compiled), `ema.shadow_params` the moving average, a
-list in the same order, which they evaluate and which is read here. The shapes tell all about the
-network but the soft caps, which all of theirs have, and the length; there is no vocabulary.
+PyTorch Lightning wrote their .ckpt files. `state_dict` holds the trained weights under their
+network's names (with `_orig_mod.` in them where it was compiled), and those of other modules, which
+are left out. `ema.shadow_params` is the moving average, a list in the same order, which they
+evaluate and which is read here. A .safetensors file, their export to the Hugging Face hub
+(hf:owner/name), holds one set of weights, under names with or without `backbone.`.
+
+The shapes tell all about the network but three things. The soft caps are those that all of theirs
+have. The number of heads follows from the rotary buffer, else from a config.json beside the file,
+else from --n_head. The length is the one of config.json, else the published one, else
+--block_size. There is no vocabulary.
 """
 
 import collections
+import json
 import os
 import pickle
 import re
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from data.loader import WORD_PIECES, Encoding, WordPieces
+from data.tokenizer import read_word_pieces
 from lib.settings import fail
 from model import FlowTransformer, ModelConfig
 
@@ -27,49 +38,165 @@ RENAMED = {  # part of their name: its name in model.py; longer parts come first
     "output_layer.norm_final": "norm_out", "output_layer.linear": "head",
     "output_layer.adaLN_modulation": "modulation_out", "adaLN_modulation": "modulation"}
 
-LENGTHS = {50257: 1024, 30522: 128}  # tokens in a text by V: OpenWebText, LM1B
+MODULES = "vocab_embed", "sigma_map", "sigma_map_prime", "rotary_emb", "blocks", "output_layer"
+ROTARY = "rotary_emb.inv_freq"  # a buffer, of one frequency for two channels of a head
+
+# OpenWebText's V, without and with the [PAD] that their tokenizer adds to GPT-2's tokens, and
+# LM1B's, which are bert-base-uncased's.
+GPT2, GPT2_PADDED, BERT = 50257, 50258, 30522
+LENGTHS = {GPT2: 1024, GPT2_PADDED: 1024, BERT: 128}  # tokens in a text
+
+# ------------------------------------------------------------------------------ weights
+
+def module_of(theirs: str) -> str:
+    return theirs.removeprefix("backbone.").split(".")[0]
 
 
-def our_name(theirs: str) -> str | None:
-    """"backbone._orig_mod.blocks.0.attn_qkv.weight" -> "blocks.0.qkv.weight"; None for names that
-    are not the network's."""
-    name = theirs.replace("_orig_mod.", "")
+def our_name(theirs: str) -> str:
+    """"backbone.blocks.0.attn_qkv.weight" -> "blocks.0.qkv.weight"."""
     for part, ours in RENAMED.items():
-        name = name.replace(part, ours)
-    return name.removeprefix("backbone.") if name.startswith("backbone.") else None
+        theirs = theirs.replace(part, ours)
+    return theirs.removeprefix("backbone.")
 
 
-def translate(file: dict) -> dict:
-    """A released file as a checkpoint of train.py or distill.py, without what only resuming needs.
-    `tokenizer` and `vocabulary` are None; block_size is 0 where V does not tell it. Raises
-    ValueError when the file does not hold the authors' network and its moving average, KeyError
-    when it does not come near."""
-    weights = {our_name(name): tensor for name, tensor in file["state_dict"].items()
-               if our_name(name)}
-    half_head = len(weights.pop("rotary_emb.inv_freq"))  # a buffer, the only trace of n_head
+def translate(file: dict, path: str, n_head: int = 0) -> dict:
+    """A released file, read from `path`, as a checkpoint of train.py or distill.py, without what
+    only resuming needs. `tokenizer` and `vocabulary` are None; block_size is 0 where nothing tells
+    it. Names other modules that it leaves out in one line. Raises ValueError when the file does not
+    hold the authors' network and its moving average, KeyError when it does not come near; exits
+    when nothing tells the heads."""
+    theirs = {name.replace("_orig_mod.", ""): tensor for name, tensor in file["state_dict"].items()}
+    backbone = {name: tensor for name, tensor in theirs.items()
+                if name.startswith("backbone.")} or theirs
+    network = {name: tensor for name, tensor in backbone.items() if module_of(name) in MODULES}
+    shapes = {our_name(name): tensor.shape for name, tensor in network.items()}
+    if "embed.weight" not in shapes:
+        raise ValueError("it has no vocab_embed.embedding")
     if not file.get("ema"):
         raise ValueError("it has no moving average")
-    average = file["ema"]["shadow_params"]
-    if not all(tensor.is_floating_point() for tensor in average):
-        raise ValueError("its moving average does not hold floating-point numbers")
-    if [tensor.shape for tensor in average] != [tensor.shape for tensor in weights.values()]:
-        raise ValueError("its moving average does not have the shapes of its network")
-    V, d = weights["embed.weight"].shape
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    ema = average_of(file["ema"]["shadow_params"], (network, backbone, theirs))
+    V, d = ema["embed.weight"].shape
+    blocks = {name.split(".")[1] for name in ema if name.startswith("blocks.")}
+    heads, length = told_beside(path)
+    if ROTARY in shapes:
+        heads = d // (2 * shapes[ROTARY][0])
+    if not (heads or n_head):
+        fail(f"{path} does not say how many heads its attention has; give --n_head (the published "
+             f"networks have 12)")
+    if heads and n_head not in (0, heads):
+        fail(f"n_head={n_head}: the network of {path} has {heads} heads; leave it at 0")
     config = ModelConfig(
-        V, LENGTHS.get(V, 0), len(blocks), d // (2 * half_head), d,
-        len(weights["time_s.fc1.bias"]), flow_map="time_t.fc1.bias" in weights,
+        V, length or LENGTHS.get(V, 0), len(blocks), heads or n_head, d,
+        len(ema["time_s.fc1.bias"]), flow_map="time_t.fc1.bias" in ema,
         learned_positions=False, time_scale=1.0, attention_softcap=50.0, logit_softcap=30.0)
     with torch.device("meta"):
         ours = {name: tensor.shape for name, tensor in FlowTransformer(config).state_dict().items()}
-    theirs = {name: tensor.shape for name, tensor in weights.items()}
-    wrong = sorted(ours.items() ^ theirs.items())
+    wrong = sorted(ours.items() ^ {name: tensor.shape for name, tensor in ema.items()}.items())
     if wrong:
         raise ValueError(f"{wrong[0][0]} does not fit the authors' network")
-    ema = {name: tensor.float() for name, tensor in zip(weights, average)}
+    others = {module_of(name) for name in theirs} - set(MODULES)
+    if others and os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        print(f"{path}: left out what is not the network's: {', '.join(sorted(others))}",
+              file=sys.stderr)
     return dict(format="flm-1", kind="fmlm" if config.flow_map else "flm",
                 model_config=asdict(config), ema=ema, clock_embedding_share=0.0,
                 settings={}, step=file.get("global_step", 0), tokenizer=None, vocabulary=None)
+
+
+def average_of(average: list, modules: tuple[dict, ...]) -> dict:
+    """The network's part of the moving average, in float32, under our names. It is made from the
+    network's parameters, from those of the backbone, which may have more modules, or from all. So
+    the first of these whose shapes stand side by side in the average, at one place, tells which
+    tensor is which."""
+    if not all(tensor.is_floating_point() for tensor in average):
+        raise ValueError("its moving average does not hold floating-point numbers")
+    found = [tensor.shape for tensor in average]
+    for weights in modules:
+        shapes = {name: tensor.shape for name, tensor in weights.items()
+                  if not name.endswith("inv_freq")}
+        places = [i for i in range(len(found) - len(shapes) + 1)
+                  if found[i:i + len(shapes)] == list(shapes.values())]
+        if len(places) == 1:
+            named = zip(shapes, average[places[0]:])
+            return {our_name(name): tensor.float() for name, tensor in named
+                    if module_of(name) in MODULES}
+    raise ValueError("its moving average does not have the shapes of its network")
+
+
+def told_beside(path: str) -> tuple[int, int]:
+    """The heads and the length in a config.json beside the file, at any depth; 0 if not there."""
+    config = Path(path).with_name("config.json")
+    if not config.is_file():
+        return 0, 0
+    try:
+        parts = [json.loads(config.read_text(encoding="utf-8"))]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the config.json beside it is damaged: {error}") from None
+    for part in parts:  # it grows
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    return tuple(next((part[key] for part in parts for key in keys
+                       if type(part.get(key)) is int and part[key] > 0), 0)
+                 for keys in (("n_heads", "n_head"), ("length", "model_length")))
+
+
+def read_export(path: str) -> dict:
+    """A .safetensors file as if Lightning had written it: its weights are the average. Exits when
+    the package is missing, raises what that raises for another file."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        fail(f"{path} needs the package safetensors; run: pip install safetensors")
+    weights = load_file(path)
+    average = [tensor for name, tensor in weights.items() if not name.endswith("inv_freq")]
+    return {"state_dict": weights, "ema": {"shadow_params": average}}
+
+
+def fetch(name: str) -> str:
+    """Where the .safetensors file of hf:owner/name lies, with its config.json beside it: fetched
+    from the Hugging Face hub once, then cached. Exits when it cannot be had."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        fail(f"{name} needs the package huggingface_hub; run: pip install huggingface_hub")
+    try:
+        folder = snapshot_download(name.removeprefix("hf:"),
+                                   allow_patterns=["*.safetensors", "config.json"])
+    except Exception as error:  # the package raises many kinds
+        fail(f"cannot fetch {name} from the Hugging Face hub ({type(error).__name__}); without a "
+             f"network, give the path of a copy, with its config.json beside it")
+    files = list(Path(folder).rglob("*.safetensors"))
+    if len(files) != 1:
+        fail(f"{name} has {len(files)} .safetensors files, not one; download what you want and "
+             f"give its path")
+    return str(files[0])
+
+# ------------------------------------------------------------------------------ vocabularies
+
+def find_tokenizer(V: int, vocabulary: str):
+    """What decodes the V tokens of a released network: GPT-2's encoding, or the file `vocabulary`.
+    The padding of a network of 50,258 is decoded to nothing."""
+    known = GPT2 if V == GPT2_PADDED else V
+    if vocabulary:
+        encoding = read_vocabulary(vocabulary)
+        words = isinstance(encoding, WordPieces)
+        size = encoding.n_vocab if words else encoding.get_vocab_size()
+        if size not in (known, V):
+            fail(f"{vocabulary} has {size} tokens, the checkpoint {V}")
+        return encoding
+    if known != GPT2:
+        fail(f"the checkpoint does not hold its {V} tokens; give --vocabulary=vocab.txt (for LM1B "
+             f"the one of bert-base-uncased)")
+    gpt2 = gpt2_encoding()
+    return Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
+                    special_tokens=gpt2._special_tokens)
+
+
+def may_be_of(V: int, vocab_size: int, tokenizer: dict) -> bool:
+    """Whether a released network of V tokens may read a set: the numbers of tokens are equal, but
+    for padding, and those of the published networks are of the right kind."""
+    V = GPT2 if V == GPT2_PADDED else V
+    return V == vocab_size and not (V == GPT2 and tokenizer["name"] != "gpt2") and not (
+        V == BERT and tokenizer["pat_str"] != WORD_PIECES)
 
 
 def gpt2_encoding():
@@ -83,22 +210,20 @@ def gpt2_encoding():
 
 
 def read_vocabulary(path: str):
-    """A tokenizers.Tokenizer that decodes the file's ids: vocab.txt of a BERT (one token a line) or
-    a tokenizer.json. Exits when the file or the package is missing."""
-    try:
-        from tokenizers import Tokenizer, decoders, models
-    except ImportError:
-        fail("--vocabulary needs the package tokenizers; run: pip install tokenizers")
+    """What decodes a file's ids: those of vocab.txt of a BERT (one token a line), or of a
+    tokenizer.json, by the package tokenizers. Exits when the file or the package is missing."""
     if not os.path.isfile(path):
         fail(f"no vocabulary {path}; bert-base-uncased has its as vocab.txt")
+    if not path.endswith(".json"):
+        return read_word_pieces(path)
     try:
-        if path.endswith(".json"):
-            return Tokenizer.from_file(path)
-        encoding = Tokenizer(models.WordPiece.from_file(path, unk_token="[UNK]"))
+        from tokenizers import Tokenizer
+    except ImportError:
+        fail("a tokenizer.json needs the package tokenizers; run: pip install tokenizers")
+    try:
+        return Tokenizer.from_file(path)
     except Exception as error:  # the package raises nothing narrower
         fail(f"{path} is no vocabulary ({error})")
-    encoding.decoder = decoders.WordPiece(cleanup=True)
-    return encoding
 
 # ---------------------------------------------------------------- files with objects in them
 

@@ -4,24 +4,28 @@ The baselines and eval/evaluate.py as programs: trained, distilled and judged at
 """
 
 import importlib
+import itertools
 import json
 import math
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from programs import QUICK, TINY, inside, log, mistake, quick_run, same
+from conftest import ROOT
+from programs import QUICK, TINY, inside, log, mistake, quick_run, same, write_set
 
 import baselines.ar
 import flow
 from data import corpus, tokenizer
 from data.loader import Data, tokenizer_from_dict
-from eval import metrics
-from lib import checkpoint as ckpt
+from eval import metrics, scorers
+from lib import checkpoint as ckpt, released
+from lib.machine import Machine
 
 CPU = "--device=cpu", "--dtype=float32"
 DISTILL, EVALUATE = "baselines/distill.py", "eval/evaluate.py"
@@ -128,8 +132,8 @@ def test_rows_are_measured_against_the_training_text(toy, monkeypatch):
 
 def test_a_flow_without_a_clock_is_sampled_without_one(toy, tmp_path, monkeypatch):
     real, clocks = flow.sample, []
-    monkeypatch.setattr(flow, "sample", lambda net, clock, *rest:
-                        clocks.append(clock) or real(net, clock, *rest))
+    monkeypatch.setattr(flow, "sample", lambda net, clock, *rest, **options:
+                        clocks.append(clock) or real(net, clock, *rest, **options))
     quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--method=noclock",
               "--max_iters=1")
     inside(monkeypatch, EVALUATE, names(tmp_path, "noclock"), f"--dataset={toy[0] / 'data'}",
@@ -173,6 +177,144 @@ def test_a_foreign_scorer_sees_text_in_its_own_tokens(trained, tmp_path, monkeyp
         nats -= sum(log_p[a, b].item() for a, b in zip(ids, ids[1:]))
         count += len(ids) - 1
     assert row["perplexity lm"]["value"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+
+
+# ---------------------------------------------------------------------- the paper's protocol
+
+
+END = 2                                                             # the fake judge's end of text
+
+
+def fake_judge(monkeypatch, context):
+    """Bytes as tokens, "#" as end of text; `Foreign` predicts. Its log-probabilities."""
+    def tokenizer(text, add_special_tokens):
+        assert not add_special_tokens
+        text = text.replace("<|endoftext|>", "#")
+        return dict(input_ids=[END if c == "#" else ord(c) for c in text])
+    tokenizer.bos_token_id, tokenizer.eos_token_id = 1, END
+    model = Foreign()
+    model.config.max_position_embeddings = context
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
+        AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: tokenizer),
+        AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda name, dtype: model)))
+    return tokenizer, model
+
+
+@pytest.mark.parametrize("text, counted", [
+    ("abcdefgh", "bcdefgh"),  # the longest has no padding
+    ("abcdefghij", "bcdefgh"),  # cut to eight tokens
+    ("abc", "bc#"),  # the first padding is the first end of text
+    ("ab#", "b#"),  # the text's own end; then padding, which is not the first
+    ("a#cd#f", "#cdf"),  # ordinary tokens after an end count, a second end does not
+    ("#bc#", "bc"),  # the first end counts, but the first token is not scored
+    ("##", ""),
+    ("", ""),
+])
+def test_tokens_that_count_in_the_papers(text, counted, monkeypatch):
+    """`counted` are the tokens by hand. Each text stands beside seven of eight tokens."""
+    tokenizer, model = fake_judge(monkeypatch, 8)
+    texts, machine = [*["abcdefgh"] * 7, text], Machine("cpu", "float32")
+    losses, counts = scorers.score_as_published(tokenizer, model, machine, np.zeros((8, 8)), texts)
+    ids = tokenizer(text + "#" * 8, add_special_tokens=False)["input_ids"][:8]
+    log_p, left = model.table.log_softmax(-1), [END if c == "#" else ord(c) for c in counted]
+    nats = 0.0
+    for before, token in zip(ids, ids[1:]):  # the counted ones in their order
+        if left and token == left[0]:
+            nats -= log_p[before, left.pop(0)].item()
+    assert not left and counts[-1] == len(counted)
+    assert losses[-1] == pytest.approx(nats, rel=1e-5)
+
+
+def test_the_papers_protocol(tmp_path, monkeypatch):
+    """A judge in whole batches of eight, texts with their special tokens, in a row's entropy too.
+    1,024 texts unless told otherwise; ours is the default."""
+    lines = ["abab", "aabc", "c", "bb", "abcabcab"] * 8
+    enc = write_lines_set(tmp_path / "lines", lines)
+    texts = ["abab", "abcc", "c", "bb", "abcabcab", "ca", "ba", "aabc", "cccc", "b"]
+    write_texts(tmp_path / "texts.jsonl", texts)
+    _, model = fake_judge(monkeypatch, 9)
+    words = [EVALUATE, f"--source={tmp_path / 'texts.jsonl'}", *CPU, "--scorer=some/lm",
+             f"--dataset={tmp_path / 'lines'}"]
+    found = inside(monkeypatch, *words, "--protocol=paper")
+    row = found["rows"][1]
+    assert found["num_samples"] == found["settings"]["num_samples"] == 1024
+    log_p, nats, count = model.table.log_softmax(-1), 0.0, 0
+    for text in texts[:8]:                                          # ten do not fill two batches
+        ids = [ord(c) for c in f" {text}"] + [END] * (8 - len(text))
+        scored = list(zip(ids, ids[1:]))[:len(text) + 1]            # with one end of text
+        nats -= sum(log_p[a, b].item() for a, b in scored)
+        count += len(scored)
+    assert row["perplexity lm"]["value"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    rows = [enc.encode(f" {text}") + [enc.eot_token] * (8 - len(text)) for text in texts]
+    entropies = [sum(-c / 9 * math.log(c / 9) for c in Counter(row).values()) for row in rows]
+    assert row["entropy"]["value"] == pytest.approx(np.mean(entropies))
+    default = inside(monkeypatch, *words)
+    assert default["num_samples"] == 1000
+    assert default["rows"][1]["entropy"]["value"] != row["entropy"]["value"]
+    assert default["rows"][1]["perplexity lm"]["value"] != row["perplexity lm"]["value"]
+
+
+def test_the_papers_protocol_samples_the_authors_way(trained, tmp_path, monkeypatch):
+    """A flow and a flow map, for gamma between 0 and 1."""
+    out, data = trained
+    words = [EVALUATE, names(out, "flm", "fmlm"), f"--dataset={data}", "--num_samples=12",
+             "--scorer=", "--steps=3", *CPU]
+    found = {}
+    for protocol, gamma in itertools.product(("ours", "paper"), (0.6, 1)):
+        rows = inside(monkeypatch, *words, f"--protocol={protocol}", f"--gamma={gamma}")["rows"]
+        found[protocol, gamma] = [row["unigram_kl"] for row in rows[1:]]
+    assert found["ours", 1] == found["paper", 1] and len(found["ours", 1]) == 2
+    for ours, theirs in zip(found["ours", 0.6], found["paper", 0.6]):
+        assert ours != theirs
+
+
+# ------------------------------------------------------------------------------ naive texts
+
+
+def test_naive_rows_have_the_measures_of_a_model(trained, tmp_path, monkeypatch):
+    """On the toy, whose held-out text is in its training text. No model need be there."""
+    said, record = judged(trained, tmp_path, names(trained[0], "flm"), "--naive")
+    again = inside(monkeypatch, EVALUATE, "--source=", "--naive", "--block_size=8", *CPU,
+                   f"--dataset={trained[1]}", f"--scorer={trained[0] / 'ar.pt'}",
+                   "--num_samples=12")["rows"]
+    rows = {row["name"]: row for row in record["rows"]}
+    naive = [row for name, row in rows.items() if name.startswith("naive: ")]
+    assert [row["name"] for row in record["rows"]][0] == "held-out text"
+    assert record["rows"][1:5] == naive == again[1:]
+    for row in naive:
+        assert row.keys() == rows["held-out text"].keys()
+        assert rows["flm, 1 steps, argmax, noise x 1"].keys() >= row.keys()
+        assert f"{row['name']:34}  different " in said and row["distance"]["low"] is not None
+    unigrams, bigrams, tiled, verbatim = naive
+    assert unigrams["perplexity ar.pt"]["value"] > verbatim["perplexity ar.pt"]["value"]
+    assert tiled["distance"]["low"] > 0 and unigrams["distance"]["low"] > 0
+    assert verbatim["distance"]["low"] < 0 < verbatim["distance"]["high"]
+    assert tiled["copied"]["value"] == verbatim["copied"]["value"] == 1
+    assert tiled["different"]["value"] == 1 / 12 and bigrams["copied"]["value"] < 1
+
+
+# ------------------------------------------------------------------------------ released files
+
+
+def test_a_released_file_of_any_vocabulary_is_judged(tmp_path, monkeypatch):
+    """It does not say its length: 64 then, or --block_size, also where V tells another."""
+    V, generator = 90, torch.Generator().manual_seed(0)
+
+    def wider(t):
+        return torch.randn(V, *t.shape[1:], generator=generator) if len(t) == 12 else t
+    for kind in ("flm", "fmlm"):
+        file = torch.load(ROOT / "tests" / "fixtures" / f"released_{kind}.ckpt")
+        file["state_dict"] = {name: wider(t) for name, t in file["state_dict"].items()}
+        file["ema"]["shadow_params"] = [wider(t) for t in file["ema"]["shadow_params"]]
+        torch.save(file, tmp_path / f"{kind}.ckpt")
+    write_set(tmp_path / "data", "".join(map(chr, range(33, 33 + V))) * 20)
+    for kind, words, length in (("fmlm", (), 64), ("flm", ("--block_size=16", "--bound"), 16)):
+        monkeypatch.setitem(released.LENGTHS, V, 32 if kind == "flm" else 0)
+        found = inside(monkeypatch, EVALUATE, f"--source={tmp_path / kind}.ckpt", "--num_samples=4",
+                       "--scorer=", f"--dataset={tmp_path / 'data'}", *words, *CPU)
+        assert [row.get("kind") for row in found["rows"]] == [None, kind]
+        assert found["rows"][0]["longest_copy"]["value"] == length == found["L"]
+        assert len(found["likelihoods"]) == (kind == "flm")
 
 
 GROUPS = ["--num_samples=16", "--batch_size=8"]  # in the groups of sample.py the texts are the same
@@ -397,6 +539,8 @@ def test_a_discrete_distillation_that_diverges_says_so(trained, tmp_path):
     (EVALUATE, "--source=OUT/flm.pt --block_size=16", "8 and 16 tokens cannot be judged together"),
     (EVALUATE, "--source=x.jsonl --scorer= --block_size=3", "texts of 3 tokens cannot be judged"),
     (EVALUATE, "--source=x.jsonl --scorer= --block_size=390", "two held-out texts"),
+    (EVALUATE, "--protocol=theirs", "protocol=theirs: choose ours, paper"),
+    (EVALUATE, "--source= --scorer=OUT/ar.pt --protocol=paper", "ar.pt is a model of ours, which"),
     (EVALUATE, "--num_samples=1", "num_samples=1: one text cannot be compared"),
     (EVALUATE, "--device=mps", "device=mps: drawing tokens takes float64, which Apple GPUs lack"),
     (EVALUATE, "--temperatures=warm", "expected positive numbers up to 1,000,000, such as 0.8,1"),

@@ -4,6 +4,8 @@ flowmap.py at V = 3 against the exact flow map of a known distribution, integrat
 algebra, the three targets, their derivatives against finite differences, and that no loss pulls
 the exact flow map away."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,6 +328,61 @@ def test_stochastic_sampling_keeps_the_distribution(gamma):
     tokens = flowmap.sample(ExactFlowMap(), CLOCK, noise(), steps=3, gamma=gamma, noise=noise)
     found = torch.bincount(tokens.flatten(), minlength=V) / 3000
     assert torch.allclose(found.double(), PRIOR, atol=0.04)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_the_authors_gamma_steps_back_from_the_aim(gamma):
+    """One step by hand: x' = x~ + (sigma~ - sigma') D + gamma sigma' noise. Ours, which rescales,
+    is the same at 0 and 1 only."""
+    model, z, fresh = Still(), state(), state()
+    theirs, ours = (flowmap.sample(model, CLOCK, z, 2, gamma, lambda: fresh, rescale=rescale,
+                                   last=lambda head, hidden: hidden) for rescale in (False, True))
+    half = torch.full((6,), 0.5).double()
+    sigma = (1 - CLOCK.t_of_tau(half))[:, None, None]               # at the next time
+    beyond = sigma * math.sqrt(1 - gamma ** 2)                      # where the jump goes
+    D = model(z, 0 * half, half).exp() @ model.embed.weight
+    x = beyond * z + (1 - beyond) * D
+    x = x + (beyond - sigma) * D + gamma * sigma * fresh
+    assert torch.allclose(theirs, model(x, half, half))
+    assert torch.allclose(theirs, ours) == (gamma != 0.6)
+
+
+class Certain:
+    """Knows the text, token 0, at all times. Keeps the states that it sees."""
+
+    def __init__(self):
+        self.embed = torch.nn.Embedding.from_pretrained(torch.eye(V).double())
+        self.head, self.seen = torch.nn.Identity(), []
+        self.head.out_features = V
+
+    def __call__(self, z, tau_s, tau_t):
+        self.seen.append(z)
+        return torch.tensor([0, -1e3, -1e3]).double().expand_as(z)
+
+
+def test_the_authors_gamma_has_the_amount_of_noise_where_the_text_is_known():
+    """Variance sigma~^2 + gamma^2 sigma'^2 = sigma'^2 about t' of the text. gamma^2 sigma'^2 of it
+    is fresh: less than where the state is rescaled."""
+    gamma, n, variances = 0.6, 40_000, {}
+    t = CLOCK.t_of_tau(torch.tensor([0.5]).double()).item()
+    left, left_beyond = 1 - t, (1 - t) * math.sqrt(1 - gamma ** 2)
+    for rescale in (False, True):
+        for same in (False, True):                                  # the first noise of all rows
+            model = Certain()
+            z = state(1, 1).expand(n, 1, V) if same else state(n, 1)
+            flowmap.sample(model, CLOCK, z, 2, gamma, lambda: state(n, 1), rescale=rescale,
+                           last=lambda head, hidden: hidden)
+            x = model.seen[1]
+            if not same:
+                text = torch.tensor([t, 0, 0]).double()
+                assert torch.allclose(x.mean((0, 1)), text, atol=5 * left / n ** 0.5)
+            variances[rescale, same] = x.var(0).mean().item()
+    close = lambda value: pytest.approx(value, rel=0.02)
+    assert variances[False, False] == close(left_beyond ** 2 + gamma ** 2 * left ** 2)
+    assert variances[True, False] == close(left ** 2)
+    assert variances[False, True] == close(gamma ** 2 * left ** 2)
+    assert variances[True, True] == close(left ** 2 - (t / (1 - left_beyond) * left_beyond) ** 2)
+    assert variances[True, True] > 1.05 * variances[False, True]
 
 
 def test_temperature_sharpens_every_jump_but_the_last():

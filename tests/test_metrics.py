@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from pytest import approx
 
 from eval import metrics
+from eval.naive import bigrams, naive_texts
 
 examples = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 
@@ -204,6 +205,111 @@ def test_longest_copies_finds_what_was_planted_in_a_long_text():
         place = rng.integers(100_000 - 64)
         sample[start:start + length] = training[place:place + length]
     assert metrics.longest_copies(samples, training).tolist() == lengths.tolist()
+
+
+# ------------------------------------------------------------------------------- two laws, or one
+
+def shares(row, k):
+    """{k-gram: its share of the row's k-grams}; the row ends before its first -1."""
+    found = Counter(grams([token for token in row if token >= 0], k))
+    return {gram: count / found.total() for gram, count in found.items()}
+
+
+def dots(samples):
+    """The dot products of the features, from the k-grams themselves."""
+    rows = [{gram: share for k in (1, 2, 3) for gram, share in shares(row, k).items()}
+            for row in samples.tolist()]
+    return np.array([[sum(math.sqrt(p[gram] * q[gram]) for gram in p.keys() & q) / 3 for q in rows]
+                     for p in rows])
+
+
+@settings(examples, max_examples=40)
+@given(texts(min_rows=2, max_length=8), st.data())
+def test_features_are_roots_of_ngram_shares(samples, data):
+    """Of tokens of any type, and of texts that end early."""
+    if data.draw(st.booleans()):
+        samples = samples.astype(np.int32)
+        for row in samples:
+            row[data.draw(st.integers(1, len(row))):] = -1
+    points = metrics.ngram_features(samples, bits=14)
+    assert points @ points.T == approx(dots(samples), abs=1e-5)
+
+
+def test_distance_and_its_interval_by_their_definitions():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(3, size=(9, 6)), rng.integers(4, size=(7, 6))
+    dot = dots(np.concatenate([x[:7], y]))
+    apart = np.sqrt((2 - 2 * dot).clip(0))
+
+    def estimate(kept):
+        return np.mean([apart[i, 7 + j] + apart[j, 7 + i] - apart[i, j] - apart[7 + i, 7 + j]
+                        for i in kept for j in kept if i != j])
+    value, (low, high) = metrics.distance(x, y)
+    without = np.array([estimate([j for j in range(7) if j != i]) for i in range(7)])
+    error = 1.96 * math.sqrt(6 / 7 * ((without - without.mean()) ** 2).sum())
+    assert value == approx(estimate(range(7)), abs=1e-6)
+    assert (low, high) == approx((value - error, value + error), abs=1e-6)
+    with pytest.raises(ValueError, match="at least three"):
+        metrics.distance(x[:2], y)
+
+
+def toy_language(n, rng):
+    """Texts of 12 tokens of 16: counting up from anywhere by a step that each text keeps."""
+    return (rng.integers(16, size=(n, 1)) + rng.integers(1, 4, size=(n, 1)) * np.arange(12)) % 16
+
+
+def test_distance_is_zero_for_one_law_and_positive_for_naive_texts():
+    rng = np.random.default_rng(0)
+    values, intervals = zip(*(metrics.distance(toy_language(50, rng), toy_language(50, rng))
+                              for _ in range(50)))
+    assert abs(np.mean(values)) < 3 * np.std(values) / 50 ** 0.5
+    assert sum(low < 0 < high for low, high in intervals) >= 45
+    training, held_out = toy_language(300, rng), toy_language(100, rng)
+    found = {name: metrics.distance(rows, held_out)
+             for name, rows in naive_texts(training, 100, 12, 1).items()}
+    (by_heart, (low, high)) = found.pop("training rows verbatim")
+    assert low < 0 < high
+    assert len(found) == 3 and all(value > low > 0 for value, (low, _) in found.values())
+
+
+def test_naive_texts_are_what_they_are_called():
+    rng = np.random.default_rng(0)
+    training = toy_language(300, rng).astype(np.uint16)
+    training[:, 9:] = np.where(rng.random((300, 1)) < 0.5, 16, training[:, 9:])     # 16 ends texts
+    for packed in (True, False):
+        text = training if packed else training.reshape(1, -1)
+        made, again, other = (naive_texts(text, 200, 12, seed, 16 if packed else None)
+                              for seed in (1, 1, 2))
+        assert all(np.array_equal(made[name], again[name]) for name in made)
+        assert not any(np.array_equal(made[name], other[name]) for name in ("unigrams", "bigrams"))
+        assert all(rows.shape == (200, 12) for rows in made.values())
+        unigrams, bigrams, tiled, rows = made.values()
+        stream = text.ravel().tolist()
+        windows = {tuple(stream[i:i + 12]) for i in range(0, 3600 - 11, 12 if packed else 1)}
+        assert {tuple(row) for row in rows.tolist()} <= windows
+        repeated, = {tuple(row) for row in tiled.tolist()}
+        assert repeated in windows
+        pairs = {pair for row in text.tolist() for pair in grams(row, 2)}
+        assert {pair for row in bigrams.tolist() for pair in grams(row, 2)} <= pairs
+        counts = Counter(stream)
+        if packed:
+            assert np.array_equal(unigrams == 16, rows == 16)
+            counts.pop(16)
+        drawn = unigrams[unigrams < 16 + (not packed)]
+        for token, count in counts.items():
+            p = count / counts.total()
+            assert np.mean(drawn == token) == approx(p, abs=4 * math.sqrt(p / drawn.size))
+        own = [tuple(row) for row in unigrams.tolist()]
+        assert not windows & set(own)
+
+
+def test_bigrams_follow_the_shares_of_what_follows():
+    """0 is followed by 1 three times of four, 1 by 0 always; 2 only ends a row."""
+    training = np.array([[0, 1, 0, 1], [0, 1, 0, 2]])
+    rows = bigrams(training, np.zeros(4000, np.int64), 3, np.random.default_rng(0))
+    assert np.mean(rows[:, 1] == 1) == approx(3 / 4, abs=0.03)
+    assert np.all(rows[rows[:, 1] == 1, 2] == 0)
+    assert set(rows[rows[:, 1] == 2, 2].tolist()) == {0, 1, 2}
 
 
 # ------------------------------------------------------------ perplexity, and the error of a number

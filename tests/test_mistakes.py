@@ -210,7 +210,7 @@ CASES = [
          "if you trust its origin, add --trust_checkpoint (sample.py, distill.py, "
          "eval/evaluate.py)"))),
     ("sample.py --init_from={broken}/object.pt --trust_checkpoint",
-     "{broken}/object.pt {foreign} (KeyError: 'rotary_emb.inv_freq')"),
+     "{broken}/object.pt {foreign} (ValueError: it has no vocab_embed.embedding)"),
     *((f"sample.py --init_from={{broken}}/{name}.pt",
        "the checkpoint's head.bias is missing, unexpected or not finite; use an earlier one")
       for name in ("no_bias", "nan")),
