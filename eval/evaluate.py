@@ -93,7 +93,8 @@ if machine.world > 1:
 NEARLY_CLEAN = math.exp(12.6)    # a signal-to-noise ratio at which a text can be read off its state
 FLOWS = "flm", "fmlm", "dense", "mse", "noclock"  # sampled by flow.py and flowmap.py
 FILES = {"sdtt": "mdlm", "dcd": "duo"}            # where distilled baselines have their sampler
-RUN = "model", "steps", "temperature", "gamma", "noise_scale"   # texts of sample.py share these
+RUN = ("model", "steps", "temperature", "gamma", "noise_scale", "refine", "order",
+       "guidance")                                # texts of sample.py share these
 
 
 # ------------------------------------------------------------------------------ texts
@@ -124,8 +125,8 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
                 continue
             sample = flowmap.sample if kind == "fmlm" else flow.sample
             rows.append(sample(net, clock, noise() * noise_scale, n_steps, gamma, noise,
-                               flow.most_likely if by_argmax else draw,
-                               1.0 if temperature == "argmax" else temperature))
+                               last=flow.most_likely if by_argmax else draw,
+                               temperature=1.0 if temperature == "argmax" else temperature))
     return torch.cat(rows).cpu().numpy()
 
 

@@ -128,8 +128,8 @@ def test_rows_are_measured_against_the_training_text(toy, monkeypatch):
 
 def test_a_flow_without_a_clock_is_sampled_without_one(toy, tmp_path, monkeypatch):
     real, clocks = flow.sample, []
-    monkeypatch.setattr(flow, "sample", lambda net, clock, *rest:
-                        clocks.append(clock) or real(net, clock, *rest))
+    monkeypatch.setattr(flow, "sample", lambda net, clock, *rest, **options:
+                        clocks.append(clock) or real(net, clock, *rest, **options))
     quick_run("train.py", *toy[1], *TINY, f"--out_dir={tmp_path}", "--method=noclock",
               "--max_iters=1")
     inside(monkeypatch, EVALUATE, names(tmp_path, "noclock"), f"--dataset={toy[0] / 'data'}",
