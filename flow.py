@@ -318,7 +318,9 @@ def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gam
                 z = kept.to(z.dtype) * z + fresh.to(z.dtype) * noise()
     if weak:
         def guided(hidden, weaker):
-            weak_d, d = weak.head(weaker).softmax(-1), model.head(hidden).softmax(-1)
+            with torch.autocast(E.device.type, enabled=False):      # for `most_likely`'s reason
+                weak_d, d = (head(x.to(E.dtype)).softmax(-1)
+                             for head, x in ((weak.head, weaker), (model.head, hidden)))
             return torch.lerp(weak_d, d, eta).argmax(-1)
         tokens = by_tokens(guided, model.head, hidden, weaker)
     else:

@@ -76,7 +76,8 @@ def loss(student: Callable, target_net: Callable, teacher: Callable | None, cloc
         with torch.no_grad():
             denoised = told(teacher, y[:n], known_n)(z[:n], tau_s[:n])
         diagonal, losses, _ = kl_to_target(
-            student.head, hidden[:n], (lambda h: denoiser.head(h).softmax(-1), (denoised,)), known_n)
+            student.head, hidden[:n], (lambda h: denoiser.head(h).softmax(-1), (denoised,)),
+            known_n)
     extra = dict(split=split) if objective == "psd" else {}
     target = OBJECTIVES[objective](target_net, denoiser, clock, z[n:], tau_s[n:], tau_t[n:],
                                    **extra)

@@ -243,7 +243,7 @@ class FlowTransformer(nn.Module):
     def forward(self, z: Tensor, tau: Tensor, tau_t: Tensor | None = None,
                 known: Tensor | None = None, attention: str = "auto") -> Tensor:
         """Hidden states (B, L, d) for the state z (B, L, d) at clock time tau (B,). A flow map also
-        needs the clock time tau_t (B,) it jumps to. `known` (B, L) marks tokens that z shows without
+        needs the clock time tau_t (B,) it jumps to. `known` (B, L) marks tokens shown without
         noise. `attention` is a path of `attend`. Raises ValueError when the number of times does
         not fit the network, when it cannot be told tokens, or when z is longer than the learned
         positions."""
@@ -259,7 +259,7 @@ class FlowTransformer(nn.Module):
                 known = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
             z = z + known[..., None] * self.known                   # (B, L, d)
         elif known is not None:
-            raise ValueError("this network was trained without known tokens (context_share)")
+            raise ValueError("a network without context cannot be told tokens")
         time = self.time_s(tau)
         if tau_t is not None:
             time = time + self.time_t(tau_t)

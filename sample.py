@@ -2,6 +2,9 @@
 
     python sample.py --steps 1              # one network evaluation a text, with the flow map
     python sample.py --steps 1,2,4,8 --flow_steps 64    # the same noise, by flow map and flow
+    python sample.py --prompt "One calm morning Tom took a nice kite to the fair." --watch
+    python sample.py --fill "One {2} Tom took a {1} kite to the {1}. {22} Now Mia has the {1}, and"
+    python sample.py --refine=8     # each round keeps the surest words; or --steps 8 --guidance=2
     python sample.py --out_dir=out/owt --num_samples=64 --out=samples.jsonl
     python sample.py --init_from=owt_fmlm.ckpt --trust_checkpoint   # a checkpoint of the authors
     python sample.py --init_from=lm1b_fmlm.ckpt --trust_checkpoint --vocabulary=vocab.txt
@@ -12,6 +15,7 @@ in the checkpoint. Prints a table, a row for each number of steps, then the text
 same noise together. If the set has a checker, wrong texts end with what is wrong.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -25,7 +29,9 @@ import flow
 import flowmap
 from data.loader import find_check, text_of
 from lib import checkpoint as ckpt
-from lib.machine import SAMPLE_NOISE, Machine, generator
+from lib.machine import DROPOUT, SAMPLE_NOISE, Machine, generator, mix
+from lib.prompt import encode, read_patterns
+from lib.watch import Watch
 
 out_dir = ""                     # of train.py and distill.py; "" = out/stories, or before you have
                                  # trained there weights/stories, which comes with the code
@@ -37,11 +43,19 @@ vocabulary = ""                  # of a released checkpoint: vocab.txt, tokenize
 model = "auto"                   # fmlm, flm, or auto: fmlm if there is one
 steps = "1"                      # network evaluations per text; several as 1,2,4,8
 flow_steps = 0                   # also decode the same noise with the flow, in this many steps
-num_samples = 4
+num_samples = 4                  # for each pattern, where fill is a file
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
 noise_scale = 1.0                # of the first noise: below 1 a flow map's texts are more varied
 temperature = 1.0                # of the guesses on the way: below 1 for commoner words
 gamma = 0.0                      # 0 deterministic, up to 1 = all noise is fresh after every step
+prompt = ""                      # what every text begins with; needs context_share in training
+fill = ""                        # or a pattern with blanks, {} = one token, {3} = three, or a file
+refine = 0                       # rounds of posterior refinement with a flow map; 0 = off
+order = "confidence"             # of refining: the surest tokens first; or random
+guidance = 1.0                   # autoguidance (eta), away from a weaker network; 1 = off
+weak = ""                        # its checkpoint, with the same E; "" = the network itself
+weak_dropout = 0.1               # with this dropout
+watch = False                    # show how the first text of each run comes about
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu
 dtype = "auto"                   # bfloat16, float16, float32; auto: the fastest the hardware has
@@ -53,11 +67,19 @@ require_in(settings, "[1, inf)", "num_samples")
 require_in(settings, "[0, inf)", "block_size", "n_head", "seed")
 require_in(settings, "[0, 1000000]", "flow_steps")
 require_in(settings, "[0, 1]", "gamma")
-require_in(settings, "[1e-3, 1e3]", "noise_scale", "temperature")  # beyond, float32 overflows
+require_in(settings, "[1e-3, 1e3]", "noise_scale", "temperature", "guidance")  # float32 overflows
+require_in(settings, "(0, 1)", "weak_dropout")
 require_choice("model", model, ("auto", "flm", "fmlm"))
+require_choice("order", order, ("confidence", "random"))
 wanted = parse_numbers("steps", steps, int, "1,2,4,8")
 if flow_steps and init_from:
     fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from")
+if refine and (gamma or temperature != 1 or guidance != 1 or flow_steps):
+    fail("refine goes with none of gamma, temperature, guidance and flow_steps; leave them out")
+if order == "random" and not refine or weak and (guidance == 1 or flow_steps):
+    fail("weak is for guidance, and not for flow_steps, which has two networks to weaken" if weak
+         else "order=random is for refining; add --refine=8, say")
+patterns = read_patterns(prompt, fill)
 if out:
     if Path(out).suffix != ".jsonl":
         fail(f"out={out}: give a name that ends in .jsonl")
@@ -93,12 +115,26 @@ else:
               file=sys.stderr)
 L = ckpt.set_length(checkpoint, block_size, init_from)
 is_map = checkpoint["model_config"]["flow_map"]
-net = flow_net = ckpt.build_model(checkpoint, machine.device)
-if flow_steps:
-    flow_net = ckpt.build_model(ckpt.load_checkpoint(flow_path, "flm"), machine.device)
-    if not flow_net.embed.weight.equal(net.embed.weight):
-        fail(f"{flow_path} is not the flow that {map_path} was distilled from; run distill.py "
-             f"again")
+path = init_from or (map_path if is_map else flow_path)
+require_in(settings, f"[0, {L}]", "refine")  # a round keeps a token at least
+if refine and not is_map:
+    fail(f"refine is for flow maps, and {path} is a flow; distill.py makes its map")
+others = [(flow_path, "flm")] * (flow_steps > 0) + [(weak, checkpoint["kind"])] * (weak != "")
+files = {path: checkpoint} | {name: ckpt.load_checkpoint(name, kind, trust_checkpoint)
+                              for name, kind in others}
+for name, file in files.items() if patterns or refine else ():
+    if not (file["model_config"].get("context") and file["settings"].get("context_share", 1)):
+        fail(f"{name} was trained with context_share=0, so it cannot be told tokens, as prompt, "
+             f"fill and refine do; set context_share=0.5 in train.py and distill.py")
+nets = {name: ckpt.build_model(file, machine.device) for name, file in files.items()}
+net, flow_net = nets[path], nets[flow_path if flow_steps else path]
+if not all(other.embed.weight.equal(net.embed.weight) for other in nets.values()):
+    fail(f"{weak} has another E than {path}; a flow's E moves in training, so an earlier flow will "
+         f"not do" if weak else f"{flow_path} is not the flow that {map_path} was distilled from; "
+         f"run distill.py again")
+weak_nets = {net: nets[weak]} if weak else {                        # of each network
+    nets[name]: ckpt.build_model(file, machine.device, dropout=weak_dropout).train()
+    for name, file in files.items() if guidance != 1}
 clock = flow.Clock(net.config.vocab_size, net.config.n_embd, checkpoint["clock_embedding_share"],
                    machine.device)
 encoding, check = ckpt.find_tokenizer(checkpoint, vocabulary), find_check(checkpoint.get("checker"))
@@ -110,52 +146,70 @@ factor = flow.noise_factor(E)
 # Texts in a network call, always, each group with a generator of its own: so a text is the same
 # however many are asked for, also in bfloat16, where other shapes round differently.
 GROUP = 8
+given = [encode(encoding, pattern, bool(fill), L) for pattern in patterns] or [[-1] * L]
+given = torch.tensor(given, device=machine.device)                  # (n, L), -1 where unknown
 
 
-def generate(group: int, n_steps: int, with_flow: bool, size: int = GROUP) -> list[list[int]]:
-    """The tokens of the texts of a group."""
-    rng = generator(seed, SAMPLE_NOISE, group, device=machine.device)
+def generate(n_steps, with_flow, number=0, group=0, size=GROUP, watcher=None):
+    """The tokens of the texts of a group, as lists, of the pattern of that number."""
+    rng = generator(seed, SAMPLE_NOISE, group + (number << 32), device=machine.device)
     noise = lambda: flow.latent_noise(E, (size, L), rng, factor)    # (B, L, d)
+    first = lambda: watcher.noise(noise() * noise_scale) if watcher else noise() * noise_scale
+    y, known = (row.expand(size, -1) for row in (given[number].clamp_min(0), given[number] >= 0))
+    if refine:
+        return flowmap.refine(net, clock, first, refine, n_steps, rng if order == "random" else
+                              None, y, known, watcher).tolist()
     sampler, network = (flow.sample, flow_net) if with_flow else (flowmap.sample, net)
-    return sampler(network, clock, noise() * noise_scale, n_steps, gamma, noise,
-                   temperature=temperature).tolist()                # waits for the device
+    network, weaker = (flow.Given(one, y, known) if one and patterns else one
+                       for one in (network, weak_nets.get(network)))
+    torch.manual_seed(mix(seed, DROPOUT, number, group))            # for the weak network
+    return sampler(network, clock, first(), n_steps, gamma, noise, temperature=temperature,
+                   weak=weaker, eta=guidance, watch=watcher).tolist()   # waits for the device
 
 
 runs = [(n, not is_map) for n in wanted] + ([(flow_steps, True)] if flow_steps else [])
-table, records = [], []                                             # records: a list for each run
+total = num_samples * len(given)
+names, table, records = [], [], []                                  # records: a list for each run
 for n_steps, with_flow in runs:
-    rows, kind = [], "FLM" if with_flow else "FMLM"
+    rows, made, kind = [], 0, "FLM" if with_flow else "FMLM"
+    names.append(f"{kind:5} " + (f"{refine}x{n_steps}" if refine else str(n_steps)).rjust(6))
     with torch.no_grad(), machine.autocast():  # one for all groups: it casts every weight once
-        alone = min(timeit.repeat(lambda: generate(0, n_steps, with_flow, 1), number=1, repeat=2))
+        if watch:
+            watcher = Watch(encoding, E, kind, n_steps * max(1, refine), given[0])
+            text = torch.tensor(generate(n_steps, with_flow, watcher=watcher)[0])
+            if guidance != 1:                                       # which the last guess lacks
+                watcher.draw("guided", text, *watcher.last[1:])
+        alone = min(timeit.repeat(lambda: generate(n_steps, with_flow, size=1), number=1, repeat=2))
         start = told = time.perf_counter()
-        for group in range(-(-num_samples // GROUP)):
-            rows += generate(group, n_steps, with_flow)
-            rate = len(rows) / (time.perf_counter() - start)
-            if time.perf_counter() > told + 5 and len(rows) < num_samples:
+        for number, group in itertools.product(range(len(given)), range(-(-num_samples // GROUP))):
+            rows += generate(n_steps, with_flow, number, group)[:num_samples - group * GROUP]
+            made, passed = made + GROUP, time.perf_counter() - start
+            if time.perf_counter() > told + 5 and len(rows) < total:
                 told = time.perf_counter()
-                print(f"{kind}, steps={n_steps}: {len(rows):,} of {num_samples:,} texts, "
-                      f"{(num_samples - len(rows)) / rate:.0f} s left", file=sys.stderr)
-    dials = dict(seed=seed, gamma=gamma, temperature=temperature, noise_scale=noise_scale)
+                print(f"{kind}, steps={n_steps}: {len(rows):,} of {total:,} texts, "
+                      f"{(total / len(rows) - 1) * passed:.0f} s left", file=sys.stderr)
+    dials = {key: settings[key] for key in ("seed", "gamma", "temperature", "noise_scale", "refine",
+                                            "order", "guidance")}
     records.append([dict(sample=i + 1, model=kind, steps=n_steps, text=text_of(encoding, row),
-                         tokens=row, **dials) for i, row in enumerate(rows[:num_samples])])
-    table.append(f"{kind:5} {n_steps:6} {alone * 1000:9.1f} {rate:8.1f}")
+                         tokens=row, **dials, **(dict(prompt=patterns[i // num_samples]) if patterns
+                                                 else {})) for i, row in enumerate(rows)])
+    table.append(f"{names[-1]} {alone * 1000:9.1f} {made / passed:8.1f}")
     if check:
         mistakes = [check(record["text"].strip()) for record in records[-1]]
         records[-1] = [record | dict(mistake=m) for record, m in zip(records[-1], mistakes)]
-        table[-1] += f" {mistakes.count(None) / num_samples:6.1%}"
+        table[-1] += f" {mistakes.count(None) / total:6.1%}"
 
 if out:
     ckpt.write_lines(Path(out), [record for run in records for record in run])
 long = any("\n" in one["text"] or len(one["text"]) > 500 for run in records for one in run)
 try:
     print("model  steps ms a text  texts/s" + "  valid" * bool(check), *table, sep="\n")
-    print(f"(of {num_samples:,} texts; ms for one alone, texts/s in groups of {GROUP})"
-          + f"; all {num_samples * len(runs):,} are in {out}" * bool(out), end="\n\n")
+    print(f"(of {total:,} texts; ms for one alone, texts/s in groups of {GROUP})"
+          + f"; all {total * len(runs):,} are in {out}" * bool(out), end="\n\n")
     for same_noise in zip(*records):
         if long:
             print(f"==== sample {same_noise[0]['sample']}")
-        for record in same_noise:
-            name = f"{record['model']:5} {record['steps']:6}" if len(runs) > 1 else ""
+        for name, record in zip(names if len(runs) > 1 else [""], same_noise):
             wrong = f"  [{record['mistake']}]" if record.get("mistake") else ""
             print(name, record["text"].strip() + wrong, sep=("\n" if long else "  ") * bool(name))
         if long or len(runs) > 1:

@@ -59,7 +59,7 @@ attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
 clock_embedding_share = 0.0      # of a clock that counts what d dimensions show; 0 = published
 replaced_share = 0.0             # ours: up to this share of a row is wrong in the input
-context_share = 0.0              # ours: of the rows, told some tokens: for prompts, blanks, refining
+context_share = 0.0              # ours: of the rows, told some tokens; for prompts and blanks
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps of a step, over all processes

@@ -77,18 +77,41 @@ def uncover(head: nn.Module, hidden: Tensor, z: Tensor, chosen: Tensor, rng: tor
 
 @torch.no_grad()
 def sample(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: int,
-           rng: torch.Generator, temperature: float = 1.0) -> Tensor:
+           rng: torch.Generator, temperature: float = 1.0, y: Tensor | None = None,
+           known: Tensor | None = None) -> Tensor:
     """Tokens (B, L) from masks, in N = `steps` steps of equal length in tau: step i uncovers 1 in
     N - i of the masks left, the last all. Where a step uncovers nothing the network is not asked:
-    a text takes N (1 - (1 - 1/N)^L) evaluations on average, at most L."""
+    a text takes N (1 - (1 - 1/N)^L) evaluations on average, at most L. Tokens y (B, L) that are
+    `known` stand from the start."""
     mask = model.config.vocab_size - 1
     z = torch.full((B, L), mask, device=model.embed.weight.device)
+    z = z if known is None else y.where(known, z)
     for i in range(steps):
         chosen = choose(z, mask, 1 / (steps - i), rng)
         rows = chosen.any(1)
         if rows.any():
             hidden = guess(model, z[rows])
             z[rows] = uncover(model.head, hidden, z[rows], chosen[rows], rng, temperature)
+    return z
+
+
+@torch.no_grad()
+def sample_surest(model: FlowTransformer, clock: Clock | None, B: int, L: int, steps: int,
+                  rng: torch.Generator, temperature: float = 1.0, y: Tensor | None = None,
+                  known: Tensor | None = None) -> Tensor:
+    """As `sample`, but each step draws all hidden tokens and keeps the surest: of n masks in a row
+    ceil(n / steps left), those of the largest probability (MaskGIT, arXiv 2202.04200)."""
+    mask = model.config.vocab_size - 1
+    z = torch.full((B, L), mask, device=model.embed.weight.device)
+    z = z if known is None else y.where(known, z)
+    for left in range(steps, 0, -1):
+        hidden, masked = guess(model, z), z == mask
+        drawn = uncover(model.head, hidden, z, masked, rng, temperature)
+        sure = by_tokens(lambda hidden, y: model.head(hidden)[:, :-1].softmax(-1).gather(
+            -1, y.clamp_max(mask - 1)).squeeze(-1), model.head, hidden, drawn[..., None])
+        number = torch.ceil(masked.sum(1, keepdim=True) / left)     # (B, 1)
+        rank = sure.masked_fill(~masked, -1).argsort(1, descending=True).argsort(1)
+        z = drawn.where(masked & (rank < number), z)
     return z
 
 

@@ -112,7 +112,8 @@ NEARLY_CLEAN = math.exp(12.6)    # a signal-to-noise ratio at which a text can b
 MOST = 500                       # texts for the distance, which compares all pairs
 FLOWS = "flm", "fmlm", "dense", "mse", "noclock"  # sampled by flow.py and flowmap.py
 FILES = {"sdtt": "mdlm", "dcd": "duo"}            # where distilled baselines have their sampler
-RUN = "model", "steps", "temperature", "gamma", "noise_scale"   # texts of sample.py share these
+RUN = ("model", "steps", "temperature", "gamma", "noise_scale", "refine", "order",
+       "guidance")                                # texts of sample.py share these
 
 
 # ------------------------------------------------------------------------------ texts

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from conftest import ROOT
 
 from data import corpus, tokenizer
+from model import FlowTransformer, ModelConfig
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_time=8", "--block_size=8",
         "--batch_size=8"]
@@ -127,6 +129,23 @@ def write_set(folder: Path, text: str):
 def write_toy(folder: Path):
     """2,000 tokens, V = 16."""
     write_set(folder, "the cat sat on the mat. a dog ran to the red hut.\n" * 40)
+
+
+def write_told(path: Path, L: int, enc, flow_map=True, seed=0, share=0.5):
+    """A checkpoint that can be told tokens, of random weights. Its texts do not end early. E is the
+    same for every seed."""
+    torch.manual_seed(seed)
+    config = ModelConfig(enc.n_vocab, L, 1, 2, 16, 8, flow_map=flow_map, context=True)
+    net = FlowTransformer(config)
+    for name, p in net.named_parameters():
+        if name.startswith("head") or "modulation" in name and "bias" in name or name == "known":
+            torch.nn.init.normal_(p)
+    torch.nn.init.normal_(net.embed.weight, generator=torch.Generator().manual_seed(0))
+    net.head.bias.data[list(enc._special_tokens.values())] = -99
+    torch.save(dict(
+        format="flm-1", kind="fmlm" if flow_map else "flm", model_config=asdict(config), step=1,
+        ema=net.state_dict(), clock_embedding_share=0.0, settings=dict(context_share=share),
+        checker=None, tokenizer=tokenizer.to_dict(enc), vocabulary=""), path)
 
 
 def log(path):

@@ -20,6 +20,7 @@ from data import corpus, loader, tokenizer
 from data.lines import line_rows
 from data.loader import find_check, text_of, tokenizer_from_dict
 from lib import checkpoint as ckpt
+from lib.watch import spell
 
 # ------------------------------------------------------------------------------ rows to text
 
@@ -42,6 +43,15 @@ def test_tokenizers_without_an_end_of_text():
     assert text_of(plain, [3, 0, 1]) == "dab"
     again = tokenizer_from_dict(tokenizer.to_dict(ENC))                 # as a checkpoint holds it
     assert text_of(again, [*again.encode("ab"), EOS, 0]) == "ab"
+
+
+def test_the_text_of_each_token():
+    """As --watch shows it: to the end of the text. An end of text in front begins a packed row."""
+    a, b = ENC.encode("ab")
+    assert spell(ENC, [a, b, EOS, a]) == ["a", "b"] and spell(ENC, [EOS, EOS]) == [""]
+    assert spell(ENC, [EOS, a, EOS, b]) == ["", "a"]
+    halves = tokenizer.train_bpe("é\t", 4, "bytes")  # a letter of two tokens, a control character
+    assert spell(halves, halves.encode("é\t")) == ["", "é", ""]
 
 
 def test_a_checkpoint_can_only_name_modules_of_data():

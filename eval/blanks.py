@@ -1,0 +1,112 @@
+"""Texts with blanks: how often a model fills them so that the story is right.
+
+    python eval/blanks.py                                           # out/stories/fmlm.pt, one step
+    python eval/blanks.py --source=out/stories/fmlm.pt,out/evidence/mdlm.pt --steps=1,2,4,8
+
+Takes held-out stories, hides a part of each, lets the model write it, and asks the set's checker.
+Hidden are, in turn: all but the first sentence; the second sentence; every second word; every word
+of a class (nouns, names, adjectives); everything. The last is ordinary sampling, with the
+refinement of a flow map beside its jumps at equal evaluations. Masked diffusion is sampled by its
+own way and with the surest tokens first. The share has Wilson's interval.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the top folder
+import flow
+import flowmap
+from baselines import mdlm
+from data.loader import Data, find_check, text_of
+from data.stories.grammar import CLASSES
+from eval.metrics import wilson
+from lib import checkpoint as ckpt
+from lib.machine import SAMPLE_NOISE, Machine, generator
+from lib.settings import configure, fail, parse_numbers, require_in
+
+source = "out/stories/fmlm.pt"   # checkpoints: flow maps and flows with context, mdlm
+dataset = "stories"              # one with a checker
+steps = "1"                      # network evaluations a text; several as 1,2,4,8
+num_samples = 500
+batch_size = 100                 # texts made together
+out = ""                         # also write the rows here, .json
+device = "auto"
+dtype = "auto"
+seed = 1
+
+settings = configure(globals(), sys.argv[1:])
+globals().update(settings)
+require_in(settings, "[1, inf)", "num_samples", "batch_size")
+wanted = parse_numbers("steps", steps, int, "1,2,4,8")
+machine = Machine(device, dtype)
+
+# ------------------------------------------------------------------------------ the blanks
+
+data = Data(dataset, "val", Data.row_length(dataset), seed)
+check = find_check(data.meta.get("checker"))
+if not check:
+    fail(f"{dataset} has no checker; stories have one")
+encoding = ckpt.find_tokenizer(dict(tokenizer=data.tokenizer, model_config=dict(
+    vocab_size=data.meta["vocab_size"])), "")
+y = machine.put(data.rows(0, num_samples))                          # (n, L)
+words = [encoding.decode([i]).strip() for i in range(data.meta["vocab_size"])]
+listed = {word for words_of_class in CLASSES.values() for word in words_of_class}
+sentence = (y == words.index(".")).cumsum(1).roll(1, 1)             # (n, L), number of each token's
+sentence[:, 0] = 0
+in_class = torch.tensor([word in listed for word in words], device=y.device)[y]
+place = torch.arange(y.size(1), device=y.device).expand_as(y)
+KNOWN = {                                                           # what is told, (n, L)
+    "first sentence given": sentence == 0, "second sentence blank": sentence != 1,
+    "every second word blank": place % 2 == 0, "all words of classes blank": ~in_class,
+    "nothing given": torch.zeros_like(y, dtype=torch.bool)}
+
+# ------------------------------------------------------------------------------ the samplers
+
+def samplers(checkpoint: dict, net) -> Iterator[tuple[str, Callable]]:
+    """Names, and functions of (y, known, steps, rng) that give tokens, all (B, L)."""
+    kind, E = checkpoint["kind"], net.embed.weight.detach()
+    if kind == "mdlm":
+        for name, sample in (("mdlm", mdlm.sample), ("mdlm, surest first", mdlm.sample_surest)):
+            yield name, lambda y, known, n, rng, sample=sample: sample(
+                net, None, *y.shape, n, rng, y=y, known=known)
+        return
+    clock = flow.Clock(*E.shape, checkpoint["clock_embedding_share"], machine.device)
+    factor = flow.noise_factor(E)
+    sample = flowmap.sample if kind == "fmlm" else flow.sample
+    yield kind, lambda y, known, n, rng: sample(
+        flow.Given(net, y, known), clock, flow.latent_noise(E, y.shape, rng, factor), n)
+    if kind == "fmlm":
+        yield "fmlm, refined", lambda y, known, n, rng: flowmap.refine(
+            net, clock, lambda: flow.latent_noise(E, y.shape, rng, factor), n, y=y, known=known)
+
+
+rows = []
+for path in source.split(","):
+    checkpoint = ckpt.load_checkpoint(path)
+    if checkpoint["kind"] not in ("flm", "fmlm", "mdlm"):
+        fail(f"{path} is of kind {checkpoint['kind']}; this program samples flm, fmlm and mdlm")
+    if checkpoint["kind"] != "mdlm" and not checkpoint["model_config"].get("context"):
+        fail(f"{path} was trained with context_share=0, so it cannot be told tokens")
+    net = ckpt.build_model(checkpoint, machine.device)
+    for name, sample in samplers(checkpoint, net):
+        for blank, known in KNOWN.items():
+            for n in wanted:
+                made = []
+                for i in range(0, num_samples, batch_size):
+                    part, rng = slice(i, i + batch_size), generator(seed, SAMPLE_NOISE, i,
+                                                                    device=machine.device)
+                    with machine.autocast():
+                        made += sample(y[part], known[part], n, rng).tolist()
+                right = torch.tensor([not check(text_of(encoding, row).strip()) for row in made])
+                low, high = wilson(right.numpy())
+                rows.append(dict(model=name, path=path, blank=blank, steps=n,
+                                 valid=right.float().mean().item(), low=low, high=high))
+                print(f"{name:18}  {blank:26}  {n:4} evaluations  {rows[-1]['valid']:6.1%}  "
+                      f"[{low:.1%}, {high:.1%}]", flush=True)
+if out:
+    ckpt.replace_file(Path(out), lambda file: file.write(json.dumps(
+        dict(settings=settings, rows=rows), indent=1).encode()))

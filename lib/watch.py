@@ -1,0 +1,70 @@
+"""A text while it is made, each guess drawn over the one before (sample.py --watch): grey to white
+for how sure the network is of a token, bold where it was told the token."""
+
+import contextlib
+import sys
+import time
+from shutil import get_terminal_size
+from unicodedata import east_asian_width
+
+import torch
+from torch import Tensor
+
+from flow import Given, most_likely
+from flowmap import confidence
+
+PAUSE = 0.1                      # seconds that a frame stays: one step is visible, too
+
+
+class Watch:
+    """The first text of a batch: its first noise, then every guess of flow.decode. decoder: of
+    tokens; E (V, d); name: of the model; steps: number of guesses; given (L,): tokens, or -1."""
+
+    def __init__(self, decoder, E: Tensor, name: str, steps: int, given: Tensor):
+        self.decoder, self.E, self.name, self.steps, self.given = decoder, E, name, steps, given
+        self.frames = self.height = 0                               # drawn; lines of the last
+
+    def noise(self, z: Tensor) -> Tensor:
+        """z (B, L, d) as it came. At first drawn, at each place the token of nearest embedding."""
+        if not self.frames:
+            tokens, known = torch.cdist(z[0].float(), self.E.float()).argmin(-1), self.given >= 0
+            self.draw("noise", self.given.where(known, tokens), tokens * 0.0, known)
+        return z
+
+    def __call__(self, model, hidden: Tensor) -> None:
+        """hidden (B, L, d) of `model`, which may be told tokens."""
+        tokens = most_likely(model.head, hidden[:1])                # (1, L)
+        sure, known = confidence(model.head, hidden[:1], tokens)[0], tokens[0] < 0
+        if isinstance(model, Given):
+            known, tokens = model.known[0], model.y[:1].where(model.known[:1], tokens)
+        self.draw(f"{self.frames} of {self.steps}", tokens[0], sure, known)
+
+    def draw(self, label: str, tokens: Tensor, sure: Tensor, known: Tensor) -> None:
+        """A frame of tokens (L,), how sure, and which are told; without a terminal a line."""
+        self.last, self.frames = (tokens, sure, known), self.frames + 1
+        pieces, lines, used = spell(self.decoder, tokens.tolist()), [f"{self.name}, {label}", ""], 0
+        text, screen = f"{lines[0]}:  {' '.join(''.join(pieces).split())}\n", sys.stdout.isatty()
+        columns, rows = get_terminal_size()
+        for piece, p, bold in zip(pieces, sure.tolist(), known.tolist()):
+            style = f"\x1b[0;{'1;' * bold}38;5;{238 + round(17 * max(p, bold))}m"   # greys to 255
+            for i, part in enumerate(piece[:(columns - 1) // 2].split("\n")):
+                size = sum(1 + (east_asian_width(c) in "WF") for c in part)
+                if i or used + size >= columns:                     # the last column stays free
+                    lines, used = [*lines, ""], 0
+                lines[-1] += style + (part if used else part.lstrip())
+                used += size
+        if screen:
+            up, self.height = f"\x1b[{self.height}A" * (self.height > 0), min(len(lines), rows - 1)
+            text = up + "".join(f"\r{line}\x1b[0m\x1b[K\n" for line in lines[:rows - 1]) + "\x1b[J"
+        with contextlib.suppress(BrokenPipeError):                  # sample.py has yet to write
+            print(text, end="", flush=True)
+        time.sleep(PAUSE * screen)
+
+
+def spell(decoder, tokens: list[int]) -> list[str]:
+    """The text of each token up to an end of text; one in front, as in packed rows, is empty."""
+    texts = [decoder.decode(tokens[:n]).removeprefix("<|endoftext|>").rstrip("\ufffd")
+             for n in range(len(tokens) + 1)]                       # \ufffd: half a character
+    pieces = [whole[len(before):] for before, whole in zip(texts, texts[1:])]
+    end = [*pieces, "<|endoftext|>"].index("<|endoftext|>")
+    return ["".join(c for c in piece if c.isprintable() or c == "\n") for piece in pieces[:end]]
