@@ -105,7 +105,7 @@ CASES = [
     ("train.py --out_dir=x config/owt.py",
      "cannot read 'config/owt.py'; give settings as --key=value, a config file first"),
     ("train.py -lr 1", "cannot read '-lr'; give settings as --key=value, a config file first"),
-    ("train.py --init_from=gpt2", "init_from=gpt2: choose scratch, resume"),
+    ("train.py --init_from=gpt2", "init_from=gpt2: choose scratch, resume, auto"),
     ("train.py --dtype=int8", "dtype=int8: choose auto, bfloat16, float16, float32"),
     ("train.py --method=gpt", "method=gpt: choose flm, ar, dense, duo, mdlm, mse, noclock"),
     ("train.py --optimizer=sgd", "optimizer=sgd: choose adamw, muon"),
