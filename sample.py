@@ -90,32 +90,9 @@ if out:
 machine = Machine(device, dtype)
 if machine.world > 1:
     fail("sample.py runs as one process; start it with python")
-if not out_dir:
-    out_dir, shipped = "out/stories", Path(__file__).parent / "weights" / "stories"
-    if not init_from and shipped.exists() and not list(Path(out_dir).glob("f*lm.pt")):
-        print(f"nothing trained in {out_dir} yet; reading {shipped}", file=sys.stderr)
-        out_dir = shipped
-flow_path, map_path = Path(out_dir) / "flm.pt", Path(out_dir) / "fmlm.pt"
-if init_from:
-    checkpoint = ckpt.load_checkpoint(init_from, model.replace("auto", ""), trust_checkpoint,
-                                      n_head)
-    if checkpoint["kind"] not in ckpt.KINDS:
-        fail(f"{init_from} is a baseline ({checkpoint['kind']}), which sample.py would read as a "
-             f"flow; eval/evaluate.py samples it")
-elif model == "flm" or model == "auto" and flow_path.exists() and not map_path.exists():
-    checkpoint = ckpt.load_checkpoint(flow_path, "flm")
-    if model == "auto":
-        print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens of "
-              f"steps", file=sys.stderr)
-else:
-    checkpoint = ckpt.load_checkpoint(map_path, "fmlm")
-    if "model" in checkpoint and flow_path.exists() and (
-            flow_path.stat().st_mtime > map_path.stat().st_mtime):  # not in weights/, copied by git
-        print(f"{flow_path} is newer than {map_path}: run distill.py for its flow map",
-              file=sys.stderr)
+path, flow_path, checkpoint = ckpt.find_network(out_dir, init_from, model, trust_checkpoint, n_head)
 L = ckpt.set_length(checkpoint, block_size, init_from)
 is_map = checkpoint["model_config"]["flow_map"]
-path = init_from or (map_path if is_map else flow_path)
 require_in(settings, f"[0, {L}]", "refine")  # a round keeps a token at least
 if refine and not is_map:
     fail(f"refine is for flow maps, and {path} is a flow; distill.py makes its map")
@@ -130,7 +107,7 @@ nets = {name: ckpt.build_model(file, machine.device) for name, file in files.ite
 net, flow_net = nets[path], nets[flow_path if flow_steps else path]
 if not all(other.embed.weight.equal(net.embed.weight) for other in nets.values()):
     fail(f"{weak} has another E than {path}; a flow's E moves in training, so an earlier flow will "
-         f"not do" if weak else f"{flow_path} is not the flow that {map_path} was distilled from; "
+         f"not do" if weak else f"{flow_path} is not the flow that {path} was distilled from; "
          f"run distill.py again")
 weak_nets = {net: nets[weak]} if weak else {                        # of each network
     nets[name]: ckpt.build_model(file, machine.device, dropout=weak_dropout).train()

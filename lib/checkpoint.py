@@ -161,6 +161,37 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False, n_hea
     return checkpoint
 
 
+def find_network(out_dir: str, init_from: str, model: str, trust: bool, n_head: int
+                 ) -> tuple[str | Path, Path, dict]:
+    """For sample.py: the path of what to sample (init_from, or out_dir's flow map, or its flow
+    where there is no map or `model` asks for it), that of the flow in out_dir, and the checkpoint.
+    Without any of the two settings, and before something was trained, weights/stories. Says what it
+    chose where that may surprise; exits when it is missing or a baseline."""
+    if not out_dir:
+        out_dir, shipped = "out/stories", Path(sys.argv[0]).parent / "weights" / "stories"
+        if not init_from and shipped.exists() and not list(Path(out_dir).glob("f*lm.pt")):
+            print(f"nothing trained in {out_dir} yet; reading {shipped}", file=sys.stderr)
+            out_dir = shipped
+    flow_path, map_path = Path(out_dir) / "flm.pt", Path(out_dir) / "fmlm.pt"
+    if init_from:
+        checkpoint = load_checkpoint(init_from, model.replace("auto", ""), trust, n_head)
+        if checkpoint["kind"] not in KINDS:
+            fail(f"{init_from} is a baseline ({checkpoint['kind']}), which sample.py would read as "
+                 f"a flow; eval/evaluate.py samples it")
+        return init_from, flow_path, checkpoint
+    if model == "flm" or model == "auto" and flow_path.exists() and not map_path.exists():
+        if model == "auto":
+            print(f"no flow map in {out_dir} (distill.py makes one), using flm.pt: it needs tens "
+                  f"of steps", file=sys.stderr)
+        return flow_path, flow_path, load_checkpoint(flow_path, "flm")
+    checkpoint = load_checkpoint(map_path, "fmlm")
+    if "model" in checkpoint and flow_path.exists() and (
+            flow_path.stat().st_mtime > map_path.stat().st_mtime):  # not in weights/, copied by git
+        print(f"{flow_path} is newer than {map_path}: run distill.py for its flow map",
+              file=sys.stderr)
+    return map_path, flow_path, checkpoint
+
+
 def read_tensors(path: Path | str, trust: bool) -> dict:
     """torch.load, which does not notice flipped bits by itself. Raises zipfile.BadZipFile for those
     and for other files, pickle.UnpicklingError for objects besides tensors (unless trusted), and
