@@ -37,7 +37,8 @@ from model import FlowTransformer, ModelConfig
 # -- input and output
 out_dir = "out/stories"          # flm.pt and flm.jsonl (the log) go here
 dataset = "stories"              # a folder of data/ that its prepare.py has filled
-init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly
+init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly; or a checkpoint: a
+                                 # new run that starts with its weights
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
@@ -131,9 +132,14 @@ model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
               if field.name in settings} | dict(context=context_share > 0)
 fixed = (*model_args, "clock_embedding_share", "replaced_share", "context_share", "embed_lr_scale",
          *ckpt.FIXED)
-checkpoint = ckpt.load_resumable(path, method, init_from, settings, fixed, machine)
 torch.manual_seed(seed)
-if checkpoint:
+checkpoint = None
+if init_from.endswith(".pt"):
+    start = ckpt.load_checkpoint(init_from, method)
+    ckpt.require_same_vocabulary(start, data)
+    ckpt.require_same_network(start, init_from, model_args)
+    model = ckpt.build_model(start, machine.device, context=model_args["context"])
+elif checkpoint := ckpt.load_resumable(path, method, init_from, settings, fixed, machine):
     ckpt.require_same_vocabulary(checkpoint, data)
     model = ckpt.build_model(checkpoint, machine.device, "model")
 else:

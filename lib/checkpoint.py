@@ -149,14 +149,14 @@ def read_tensors(path: Path | str, trust: bool) -> dict:
 def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **changes
                 ) -> FlowTransformer:
     """The network in a checkpoint with its "ema" or "model" weights, in eval mode. `changes`
-    replace ModelConfig fields. A flow map's second time embedding, which a flow lacks, keeps its
-    initial values. Exits when other weights are missing, do not fit or are not finite."""
+    replace ModelConfig fields. What a flow lacks keeps its initial values: a flow map's second time
+    embedding, and the vector that marks known tokens. Exits when other weights are missing, do not fit or are not finite."""
     model = FlowTransformer(ModelConfig(**checkpoint["model_config"] | changes))
     try:
         missing, unexpected = model.load_state_dict(checkpoint[weights], strict=False)
     except RuntimeError as error:  # other shapes
         fail(f"the weights of the checkpoint do not fit its model_config ({error})")
-    odd = unexpected + [name for name in missing if not name.startswith("time_t.")]
+    odd = unexpected + [name for name in missing if not name.startswith(("time_t.", "known"))]
     odd += [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if odd:
         fail(f"the checkpoint's {odd[0]} is missing, unexpected or not finite; use an earlier one")
@@ -208,6 +208,14 @@ def require_same_vocabulary(checkpoint: dict, data: Data) -> None:
     if not same:
         fail(f"{data.path.parent} has another vocabulary than the checkpoint; train on the set it "
              f"was trained on")
+
+
+def require_same_network(checkpoint: dict, path: str, model_args: dict) -> None:
+    """Exits when a run that starts from the weights in `path` asks for another network; known
+    tokens it may learn anew."""
+    for key, value in model_args.items():
+        if key != "context" and checkpoint["model_config"][key] != value:
+            fail(f"{path} has {key}={checkpoint['model_config'][key]}, not {value}; start with that")
 
 # ------------------------------------------------------------------------------ resuming
 
