@@ -23,7 +23,7 @@ demo:
 	@$(MAKE) --no-print-directory $(VENV)/ready
 	@if [ -f weights/stories/fmlm.pt ]; then \
 		echo; echo "== A network trained for longer, weights/stories, writes:"; \
-		$(RUN) sample.py --out_dir=weights/stories --num_samples=8; fi
+		$(RUN) sample.py --out_dir=weights/stories --steps=1,4 --gamma=1; fi
 	@echo; echo "== Now from nothing. The text to learn from:"
 	$(RUN) data/stories/prepare.py
 	@echo; echo "== The flow: noise to stories in many steps"

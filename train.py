@@ -38,6 +38,7 @@ from model import FlowTransformer, ModelConfig
 out_dir = "out/stories"          # flm.pt and flm.jsonl (the log) go here
 dataset = "stories"              # a folder of data/ that its prepare.py has filled
 init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly; auto: if there is one
+start_from = ""                  # a checkpoint whose weights a new run starts with; "" = random
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 keep_best = False                # also keep that of the lowest validation loss, as flm.best.pt
 eval_iters = 8                   # validation batches
@@ -132,11 +133,14 @@ model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
               if field.name in settings} | dict(context=context_share > 0)
 fixed = (*model_args, "clock_embedding_share", "replaced_share", "context_share", "embed_lr_scale",
          *ckpt.FIXED)
-checkpoint = ckpt.load_resumable(path, method, init_from, settings, fixed, machine)
+checkpoint = start = ckpt.load_resumable(path, method, init_from, settings, fixed, machine)
+if start_from and not checkpoint:
+    start = ckpt.load_start(start_from, method, model_args, clock_embedding_share)
 torch.manual_seed(seed)
-if checkpoint:
-    ckpt.require_same_vocabulary(checkpoint, data)
-    model = ckpt.build_model(checkpoint, machine.device, "model")
+if start:
+    ckpt.require_same_vocabulary(start, data)
+    model = ckpt.build_model(start, machine.device, "model" if checkpoint else "ema",
+                             context=context_share > 0)
 else:
     vocab_size = data.meta["vocab_size"] + getattr(method_module, "MORE_TOKENS", 0)
     try:
@@ -195,7 +199,7 @@ def learning_rate_at(step: int) -> float:
 
 step = ckpt.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
 resumed_at = step if checkpoint else None                           # validated already
-del checkpoint                                                      # its memory
+del checkpoint, start                                               # their memory
 log = ckpt.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
 
 

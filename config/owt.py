@@ -1,7 +1,10 @@
-"""OpenWebText, the published recipe: the small network (170 M parameters) on 8 GPUs of 80 GB.
+r"""OpenWebText, the published recipe: the small network (170 M parameters) on 8 GPUs of 80 GB.
 
     python data/owt/prepare.py
     torchrun --nproc_per_node=8 train.py config/owt.py
+    # two nodes of 8 GPUs; on the other one --node_rank=1
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py config/owt.py \
+        --batch_size=32 --gradient_accumulation_steps=16
 
 512 sequences a step = 8 processes x 64 sequences x 1 micro-step, 524,288 tokens. One such process
 does 145,000 tokens/s on an H100, compiled (docs/speed.md). Its memory by arithmetic, not measured:

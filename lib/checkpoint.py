@@ -214,14 +214,17 @@ def read_tensors(path: Path | str, trust: bool) -> dict:
 def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **changes
                 ) -> FlowTransformer:
     """The network in a checkpoint with its "ema" or "model" weights, in eval mode. `changes`
-    replace ModelConfig fields. A flow map's second time embedding, which a flow lacks, keeps its
-    initial values. Exits when other weights are missing, do not fit or are not finite."""
+    replace ModelConfig fields. What they add keeps its initial values: a flow map's second time
+    embedding (flow_map), the vector that marks known tokens (context). Exits when other weights are
+    missing, do not fit or are not finite."""
     model = FlowTransformer(ModelConfig(**checkpoint["model_config"] | changes))
     try:
         missing, unexpected = model.load_state_dict(checkpoint[weights], strict=False)
     except RuntimeError as error:  # other shapes
         fail(f"the weights of the checkpoint do not fit its model_config ({error})")
-    odd = unexpected + [name for name in missing if not name.startswith("time_t.")]
+    added = tuple(name for field, name in (("flow_map", "time_t."), ("context", "known"))
+                  if field in changes)
+    odd = unexpected + [name for name in missing if not name.startswith(added)]
     odd += [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if odd:
         fail(f"the checkpoint's {odd[0]} is missing, unexpected or not finite; use an earlier one")
@@ -292,6 +295,17 @@ def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed:
                  f"that, or start again with --init_from=scratch")
     for key in changed if machine.main else ():
         print(f"from here on {key}={settings.get(key)}, until now {changed[key]}", file=sys.stderr)
+    return checkpoint
+
+
+def load_start(path: str, kind: str, model_args: dict, clock_embedding_share: float) -> dict:
+    """The checkpoint whose weights a new run starts with. Exits when the run asks for another
+    network; only being told tokens can be learned anew."""
+    checkpoint = load_checkpoint(path, kind)
+    for key, value in dict(model_args, clock_embedding_share=clock_embedding_share).items():
+        had = (checkpoint | checkpoint["model_config"]).get(key, value)
+        if had != value and key != "context":
+            fail(f"{path} was made with {key}={had}, not {value}; start with that")
     return checkpoint
 
 

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import QUICK, TINY, inside, mistake, run, write_set
+from programs import QUICK, TINY, inside, mistake, write_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flow
@@ -284,14 +284,15 @@ SMALL = ["--vocab_size=50", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_tim
 
 @pytest.mark.parametrize("command, paths", [
     ("train", "other,floor"), ("distill", "dense,ours"), ("sample", "ours,ar")])
-def test_bench_measures(command, paths, tmp_path):
+def test_bench_measures(command, paths, tmp_path, monkeypatch, capsys):
     """The other checkout has its bench.py at the top, which knows two settings."""
     (tmp_path / "bench.py").write_text(
         "worker = 2\nvocab_size = 1\nsettings = 3\nimport sys\n"
         "assert sys.argv[1:] == ['train', '--worker=ours', '--vocab_size=50'], sys.argv\n"
         "print('{\"seconds\": [1, 2], \"peak\": 1000000000, \"machine\": \"here\"}')")
-    out = run(BENCH, command, *SMALL, f"--paths={paths}", f"--out_dir={tmp_path}",
-              f"--other={tmp_path}")
+    inside(monkeypatch, BENCH, command, *SMALL, f"--paths={paths}", f"--out_dir={tmp_path}",
+           f"--other={tmp_path}")
+    out = capsys.readouterr().out
     record, = map(json.loads, (tmp_path / f"{command}.jsonl").read_text().splitlines())
     assert list(record["paths"]) == paths.split(",")
     base = record["paths"][paths.split(",")[-1]]
@@ -330,7 +331,7 @@ def test_bench_figure(tmp_path, monkeypatch):
                for axis in ("V", "B L", "steps") for value in (1, 10)]
     source = tmp_path / "scaling.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    run(BENCH, "plot", f"--out_dir={tmp_path}")
+    inside(monkeypatch, BENCH, "plot", f"--out_dir={tmp_path}")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     settings["n_layer"] = 2
     source.write_text(source.read_text() + json.dumps(dict(axis="V", value=1, **point)) + "\n")

@@ -222,6 +222,10 @@ CASES = [
      "{toy}/out/flm.pt was made with seed=1, not 2; {again}"),
     ("train.py --init_from=resume --optimizer=muon",
      "{toy}/out/flm.pt was made with optimizer=adamw, not muon; {again}"),
+    ("train.py --start_from={toy}/out/flm.pt --n_layer=2",
+     "{toy}/out/flm.pt was made with n_layer=1, not 2; start with that"),
+    ("train.py --start_from={toy}/out/flm.pt --clock_embedding_share=1",
+     "{toy}/out/flm.pt was made with clock_embedding_share=0.0, not 1.0; start with that"),
     ("distill.py --init_from=resume --objective=lsd",
      "{toy}/out/fmlm.pt was made with objective=psd, not lsd; {again}"),
     *((f"sample.py --init_from={{broken}}/{name}.pt", f"{{broken}}/{name}.pt {reason}")

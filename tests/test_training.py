@@ -48,6 +48,18 @@ def test_settings_reach_the_optimizers(toy, script, schedule, tmp_path):
     assert all((g["lr"], g["weight_decay"]) == (pytest.approx(last), 0.25) for g in groups)
 
 
+def test_a_run_starts_with_the_averages_of_another(toy, tmp_path):
+    """A step too small to be seen leaves them; the vector that marks known tokens is new."""
+    quick_run(*command(toy, "train.py", tmp_path, f"--start_from={toy[0] / 'out' / 'flm.pt'}",
+                       "--context_share=0.5", "--max_iters=1", "--learning_rate=1e-30",
+                       "--min_lr=0"))
+    start, end = (torch.load(file) for file in (toy[0] / "out" / "flm.pt", tmp_path / "flm.pt"))
+    assert end["step"] == 1 and end["model"].pop("known").abs().max() < 1e-20
+    assert start["ema"].keys() == end["model"].keys()
+    assert all(torch.equal(start["ema"][name], p) for name, p in end["model"].items())
+    assert not all(torch.equal(start["model"][name], p) for name, p in end["model"].items())
+
+
 def test_embed_lr_scale_scales_the_steps_of_e_alone(toy, tmp_path):
     """Two steps: in the first the head is zero, and E has no gradient. Both have one rate."""
     def weights(scale):
