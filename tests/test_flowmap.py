@@ -281,6 +281,23 @@ def test_target_with_a_derivative_against_finite_differences(objective):
     assert torch.allclose(found, base + term, atol=2e-3 if objective == "lsd" else 5e-3)
 
 
+@pytest.mark.parametrize("tau_t", [1 - 1e-5, 1.0])
+def test_eulerian_target_past_the_time_where_one_token_in_10000_is_lost(tau_t):
+    """It goes (1 - t)/c of the way, with c = 1 - t at tau = 1 - 1e-4, however late the end is."""
+    model, teacher, eps = small_network(), Denoiser(small_network(), times=2), 2e-4
+    z, ends = torch.randn(6, 2, 4).double(), torch.full_like(TAU_S, tau_t)
+    s, t, last = (CLOCK.t_of_tau(tau)[:, None, None] for tau in (TAU_S, ends, 0 * ends + 0.9999))
+    D, c = teacher.head(teacher(z, TAU_S)).softmax(-1), 1 - last
+    at = lambda step: model.head(model(
+        z + step * (D @ model.embed.weight - z), CLOCK.tau_of_t((s + step * (1 - s)).flatten()),
+        ends)).softmax(-1)
+    bracket = (at(eps) - at(-eps)) / (2 * eps)
+    expected = at(0) + ((1 - t) * (D - at(0)) + (t - s) * bracket) / c
+    found = evaluate(OBJECTIVES["esd"](model, teacher, CLOCK, z, TAU_S, ends))
+    assert torch.allclose(found, expected, atol=5e-3)
+    assert ((t - s) * bracket / c).abs().max() > 0.1                # with 1e-3 a fifth less
+
+
 def test_softmax_and_tangent_against_finite_differences():
     head, eps = torch.nn.Linear(4, 5).double(), 1e-6
     hidden, tangent = torch.randn(2, 3, 4).double()
