@@ -69,26 +69,30 @@ def save_checkpoint(path: Path, checkpoint: dict, best: bool = False) -> None:
     if not all(p.isfinite().all() for p in checkpoint["model"].values()):
         fail(f"the weights diverged before step {checkpoint['step']}; {path} is left as it was; "
              f"try a lower learning_rate")
-    if path.exists():
-        keep_as(path, "prev")
-    replace_file(path, lambda file: torch.save(checkpoint, file))
-    if best:
-        keep_as(path, "best")
-
-
-def keep_as(path: Path, name: str) -> None:
-    """Keep flm.pt as flm.<name>.pt, too. No copy is made: files are replaced, never rewritten, so
-    both names can stand for one."""
-    part, target = path.with_suffix(f".{name}.tmp"), path.with_suffix(f".{name}.pt")
+    part = path.with_suffix(".part")
     try:
-        part.unlink(missing_ok=True)
-        try:
-            os.link(path.resolve(), part)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, part)
-        os.replace(part, target)
+        if path.exists():
+            link(path, part)
+        replace_file(path, lambda file: torch.save(checkpoint, file))
+        if part.exists():
+            os.replace(part, path.with_suffix(".prev.pt"))
+        if best:
+            link(path, part)
+            os.replace(part, path.with_suffix(".best.pt"))
     except OSError as error:
-        fail(f"cannot write {target} ({error.strerror}); {path} is untouched")
+        fail(f"cannot keep a copy of {path} ({error.strerror}); {path} itself is whole")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def link(path: Path, other: Path) -> None:
+    """`other` becomes a second name of the file at `path`. No copy is made: files are replaced,
+    never rewritten, so both names can stand for one."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path.resolve(), other)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, other)
 
 
 def require_finite(loss: float, step: int) -> None:

@@ -93,7 +93,7 @@ def test_loss_can_be_differentiated_once():
 
 def test_most_likely_token_is_that_of_float32():
     """In bfloat16 alone, equal logits hide it from one token in thirty or so."""
-    head, hidden = torch.nn.Linear(64, 20_000), torch.randn(4, 500, 64)
+    head, hidden = torch.nn.Linear(64, 20_000), torch.randn(2, 250, 64)
     exact = head(hidden).argmax(-1)
     with torch.autocast("cpu", torch.bfloat16):
         assert (most_likely(head, hidden) == exact).float().mean() > 0.999

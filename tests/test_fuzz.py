@@ -321,19 +321,21 @@ RECORDS = [[dict(step=step, text="añ\n" * k) for step in range(40)] for k in (2
     (save_checkpoint, *CHECKPOINTS), (write_lines, *RECORDS)])
 @given(room=st.floats(0, 1.5))
 def test_a_failed_write_leaves_the_old_file(tmp_path_factory, write, old, new, room):
-    """A write fails exactly when there is no room for the new file, and leaves nothing else."""
+    """A write fails exactly when there is no room for the new file, and then changes nothing. The
+    checkpoint before is kept."""
     folder = tmp_path_factory.mktemp("full")
     path = folder / "file.pt"
     write(path, new)
     after = path.read_bytes()
     write(path, old)
-    before, n = path.read_bytes(), int(room * len(after))
-    assert before != after
+    before, n = contents(folder), int(room * len(after))
+    assert before[path.name] != after
     try:
         with room_for(n):
             write(path, new)
     except SystemExit as stopped:
         assert one_line(stopped) and n < len(after), stopped.code
-        assert contents(folder) == {path.name: before}
+        assert contents(folder) == before
     else:
-        assert n >= len(after) and contents(folder) == {path.name: after}
+        kept = {"file.prev.pt": before[path.name]} if write is save_checkpoint else {}
+        assert n >= len(after) and contents(folder) == {path.name: after, **kept}

@@ -102,11 +102,12 @@ def test_texts_are_written_even_if_nobody_reads_the_screen(toy, tmp_path):
     assert [record["sample"] for record in log(path)] == [1, 2, 3, 4, 5]
 
 
-def test_plot(toy, tmp_path):
+def test_plot(toy, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
     for name in ("flm.jsonl", "fmlm.jsonl"):
         (tmp_path / name).write_bytes((toy[0] / "out" / name).read_bytes())
-    assert f"wrote {tmp_path / 'loss.png'}" in run("eval/plot.py", f"--out_dir={tmp_path}")
+    inside(monkeypatch, "eval/plot.py", f"--out_dir={tmp_path}")
+    assert f"wrote {tmp_path / 'loss.png'}" in capsys.readouterr().out
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -160,7 +160,7 @@ def test_distillation_is_given_what_was_asked_for(toy, words, expected, tmp_path
     real, calls, texts, seeds = flowmap.loss, [], [], []
 
     def loss(student, target_net, teacher, clock, objective, y, tau_s, tau_t, rng, n_diagonal,
-             factor, split, teacher_temperature):
+             factor, split, teacher_temperature, known):
         assert student.training == torch.is_grad_enabled()
         if student.training:
             calls.append((target_net is student, teacher is None, split))
@@ -168,7 +168,7 @@ def test_distillation_is_given_what_was_asked_for(toy, words, expected, tmp_path
             seeds.append(rng.initial_seed())
             assert student.blocks[0].dropout == 0.25
         return real(student, target_net, teacher, clock, objective, y, tau_s, tau_t, rng,
-                    n_diagonal, factor, split, teacher_temperature)
+                    n_diagonal, factor, split, teacher_temperature, known)
     monkeypatch.setattr(flowmap, "loss", loss)
     inside(monkeypatch, *command(toy, "distill.py", tmp_path, "--dropout=0.25", *words))
     assert calls == [expected] * 6
