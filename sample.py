@@ -45,7 +45,6 @@ steps = "1"                      # network evaluations per text; several as 1,2,
 flow_steps = 0                   # also decode the same noise with the flow, in this many steps
 num_samples = 4                  # for each pattern, where fill is a file
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
-noise_scale = 1.0                # of the first noise: below 1 a flow map's texts are more varied
 temperature = 1.0                # of the guesses on the way: below 1 for commoner words
 gamma = 0.0                      # 0 deterministic, up to 1 = all noise is fresh after every step
 prompt = ""                      # what every text begins with; needs context_share in training
@@ -67,7 +66,7 @@ require_in(settings, "[1, inf)", "num_samples")
 require_in(settings, "[0, inf)", "block_size", "n_head", "seed")
 require_in(settings, "[0, 1000000]", "flow_steps")
 require_in(settings, "[0, 1]", "gamma")
-require_in(settings, "[1e-3, 1e3]", "noise_scale", "temperature", "guidance")  # float32 overflows
+require_in(settings, "[1e-3, 1e3]", "temperature", "guidance")  # beyond, float32 overflows
 require_in(settings, "(0, 1)", "weak_dropout")
 require_choice("model", model, ("auto", "flm", "fmlm"))
 require_choice("order", order, ("confidence", "random"))
@@ -131,7 +130,7 @@ def generate(n_steps, with_flow, number=0, group=0, size=GROUP, watcher=None):
     """The tokens of the texts of a group, as lists, of the pattern of that number."""
     rng = generator(seed, SAMPLE_NOISE, group + (number << 32), device=machine.device)
     noise = lambda: flow.latent_noise(E, (size, L), rng, factor)    # (B, L, d)
-    first = lambda: watcher.noise(noise() * noise_scale) if watcher else noise() * noise_scale
+    first = lambda: watcher.noise(noise()) if watcher else noise()
     y, known = (row.expand(size, -1) for row in (given[number].clamp_min(0), given[number] >= 0))
     if refine:
         return flowmap.refine(net, clock, first, refine, n_steps, rng if order == "random" else
@@ -165,8 +164,8 @@ for n_steps, with_flow in runs:
                 told = time.perf_counter()
                 print(f"{kind}, steps={n_steps}: {len(rows):,} of {total:,} texts, "
                       f"{(total / len(rows) - 1) * passed:.0f} s left", file=sys.stderr)
-    dials = {key: settings[key] for key in ("seed", "gamma", "temperature", "noise_scale", "refine",
-                                            "order", "guidance")}
+    dials = {key: settings[key] for key in ("seed", "gamma", "temperature", "refine", "order",
+                                            "guidance")}
     records.append([dict(sample=i + 1, model=kind, steps=n_steps, text=text_of(encoding, row),
                          tokens=row, **dials, **(dict(prompt=patterns[i // num_samples]) if patterns
                                                  else {})) for i, row in enumerate(rows)])

@@ -112,8 +112,8 @@ NEARLY_CLEAN = math.exp(12.6)    # a signal-to-noise ratio at which a text can b
 MOST = 500                       # texts for the distance, which compares all pairs
 FLOWS = "flm", "fmlm", "dense", "mse", "noclock"  # sampled by flow.py and flowmap.py
 FILES = {"sdtt": "mdlm", "dcd": "duo"}            # where distilled baselines have their sampler
-RUN = ("model", "steps", "temperature", "gamma", "noise_scale", "refine", "order",
-       "guidance")                                # texts of sample.py share these
+# What the texts of one run of sample.py share.
+RUN = "model", "steps", "temperature", "gamma", "refine", "order", "guidance"
 
 
 # ------------------------------------------------------------------------------ texts

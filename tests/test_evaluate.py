@@ -469,7 +469,7 @@ def test_temperatures_are_matched(trained, tmp_path):
 
 def test_a_flow_map_is_swept_by_the_size_of_its_noise(trained, tmp_path):
     """By argmax from smaller noise, and from guesses on the way at a temperature below 1. In one
-    step, which has no way, from larger noise. sample.py makes the same texts."""
+    step, which has no way, from larger noise. sample.py makes the same texts at a temperature."""
     out, _ = trained
 
     def ways(record):
@@ -479,12 +479,12 @@ def test_a_flow_map_is_swept_by_the_size_of_its_noise(trained, tmp_path):
     assert ways(record) == [("mdlm", 0.001, 1), ("mdlm", 2, 1), ("fmlm", "argmax", 1),
                             ("fmlm", 0.001, 1), ("fmlm", "argmax", 0.5)]
     ours = [row["perplexity ar.pt"] for row in record["rows"][3:]]
-    for how, expected in (("--noise_scale=0.5", ours[2]), ("--temperature=0.001", ours[1])):
-        path = tmp_path / "same.jsonl"
-        quick_run("sample.py", f"--out_dir={out}", "--steps=2", "--num_samples=16", how,
-                  f"--out={path}", *CPU)
-        _, of_file = judged(trained, tmp_path, f"--source={path}", "--block_size=8")
-        assert of_file["rows"][1]["perplexity ar.pt"] == expected != ours[0]
+    assert ours[2] != ours[0]
+    path = tmp_path / "same.jsonl"
+    quick_run("sample.py", f"--out_dir={out}", "--steps=2", "--num_samples=16",
+              "--temperature=0.001", f"--out={path}", *CPU)
+    _, of_file = judged(trained, tmp_path, f"--source={path}", "--block_size=8")
+    assert of_file["rows"][1]["perplexity ar.pt"] == ours[1] != ours[0]
     _, record = judged(trained, tmp_path, names(out, "fmlm"), "--steps=1",
                        "--temperatures=argmax,0.5", "--noise_scales=0.5,1,2")
     assert ways(record) == [("fmlm", "argmax", scale) for scale in (1, 2, 0.5)]
