@@ -21,6 +21,7 @@ embed_lr_scale = 0.3             # with 1 half as many were valid
 min_lr = 2e-5
 optimizer = "muon"
 replaced_share = 0.15            # without, it keeps the wrong words of its own flow
+context_share = 0.3              # for prompts and blanks
 batch_size = 32                  # better than 64 for the same number of texts
 warmup_iters = 100
 max_iters = 2000

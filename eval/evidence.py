@@ -60,7 +60,8 @@ SETS = {  # clean: where clean tokens are read, positions as large as the rows o
         rival_iters=FLOW["max_iters"] + MAP["max_iters"] * MAP["batch_size"] // FLOW["batch_size"],
         optimizers=("muon", "adamw"),
         fixed={"flm": FLOW["learning_rate"], "psd": MAP["learning_rate"]},      # not searched here
-        clean=("--position_std=0.065", "--replaced_share=0", "--embed_lr_scale=1"),
+        clean=("--position_std=0.065", "--replaced_share=0", "--context_share=0",
+               "--embed_lr_scale=1"),
         models=(["flm", "psd", "mdlm", "duo"], []),
         steps="1,2,4,8,16,64,128", rivals=("--temperatures=0.5,1",),
         judging=(f"--num_samples={texts}",))}

@@ -174,6 +174,33 @@ def test_mdlm_samples_the_language_in_many_steps_and_independent_tokens_in_one(s
     assert distance(tokens, JOINT) < 0.02 or steps < 50
 
 
+@pytest.mark.parametrize("sample", [mdlm.sample, mdlm.sample_surest])
+def test_mdlm_goes_on_from_known_tokens(sample):
+    """They stay, and the other token has its probability given them."""
+    y, n = torch.tensor([[2, 0]]), 20_000
+    known = torch.tensor([[True, False]])
+    tokens = sample(Exact(mask=True), None, n, L, 3, generator(), y=y, known=known)
+    given = torch.zeros(V, V, dtype=torch.float64)
+    given[2] = JOINT[2] / JOINT[2].sum()
+    assert distance(tokens, given) < 0.015
+
+
+def test_mdlm_keeps_the_surest_token_first():
+    """Both are drawn alone, the likelier of the two stays, and the other is drawn given it."""
+    expected = torch.zeros(V, V, dtype=torch.float64)
+    first, second = JOINT.sum(1), JOINT.sum(0)
+    for a, b in itertools.product(range(V), repeat=2):
+        chance = first[a] * second[b]
+        if first[a] > second[b]:
+            expected[a] += chance * JOINT[a] / first[a]
+        else:
+            expected[:, b] += chance * JOINT[:, b] / second[b]
+    tokens = mdlm.sample_surest(Exact(mask=True), None, 20_000, L, 2, generator())
+    assert distance(tokens, expected) < 0.015 < distance(tokens, JOINT)
+    tokens = mdlm.sample_surest(Exact(mask=True), None, 20_000, L, 1, generator())
+    assert distance(tokens, INDEPENDENT) < 0.015
+
+
 def test_draws_have_their_probabilities_and_never_what_has_none():
     p = torch.tensor([0, 0.5, 0, 0.3, 0.2, 0])
     tokens = draw_from(p.expand(100_000, 6), generator())

@@ -21,7 +21,7 @@ from programs import QUICK, TINY, inside, log, mistake, quick_run, same, write_s
 
 import baselines.ar
 import flow
-from data import corpus, tokenizer
+from data import corpus, loader, tokenizer
 from data.loader import Data, tokenizer_from_dict
 from eval import metrics, scorers
 from lib import checkpoint as ckpt, released
@@ -488,6 +488,41 @@ def test_a_flow_map_is_swept_by_the_size_of_its_noise(trained, tmp_path):
     _, record = judged(trained, tmp_path, names(out, "fmlm"), "--steps=1",
                        "--temperatures=argmax,0.5", "--noise_scales=0.5,1,2")
     assert ways(record) == [("fmlm", "argmax", scale) for scale in (1, 2, 0.5)]
+
+
+def test_blanks_of_stories(tmp_path, monkeypatch, capsys):
+    """What each blank tells of a held-out story, and that it is told: what networks that have
+    learned nothing write has these words."""
+    data, out = tmp_path / "stories", tmp_path / "out"
+    inside(monkeypatch, "data/stories/prepare.py", f"--out_dir={data}", "--n_train=64",
+           "--n_val=16")
+    tiny = [f"--dataset={data}", f"--out_dir={out}", *QUICK, "--max_iters=1", "--eval_iters=1",
+            "--batch_size=8"]
+    for method in ("flm", "mdlm"):
+        quick_run("train.py", f"--method={method}", *tiny, *TINY[:4], "--block_size=64",
+                  f"--context_share={0.5 * (method == 'flm')}")
+    quick_run("distill.py", *tiny, "--context_share=0.5")
+    written, text_of = [], loader.text_of
+    monkeypatch.setattr(loader, "text_of", lambda encoding, row: (
+        written.append(row), text_of(encoding, row))[1])
+    told = inside(monkeypatch, "eval/blanks.py", f"--source={out}/fmlm.pt,{out}/mdlm.pt",
+                  f"--dataset={data}", "--num_samples=4", "--batch_size=3", "--steps=1,2", *CPU,
+                  f"--out={tmp_path / 'rows.json'}")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["model"], row["blank"], row["steps"]) for row in rows] == list(itertools.product(
+        ("fmlm", "fmlm, refined", "mdlm", "mdlm, surest first"), told["KNOWN"], (1, 2)))
+    y, known = told["y"], list(told["KNOWN"].values())
+    for i in range(0, len(written), 4):
+        blank = known[i // 8 % 5]
+        assert torch.equal(torch.tensor(written[i:i + 4])[blank], y[blank])
+    words = [told["words"][token] for token in y[0]]
+    first = words.index(".") + 1
+    second = first + words[first:].index(".") + 1
+    listed = {word for of_class in told["CLASSES"].values() for word in of_class}
+    assert [row[0].tolist() for row in known] == [
+        [place < first for place in range(64)],
+        [not first <= place < second for place in range(64)], [True, False] * 32,
+        [word not in listed for word in words], [False] * 64]
 
 
 def test_gamma_draws_fresh_noise_for_flows_and_flow_maps(trained, tmp_path):
