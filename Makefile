@@ -1,5 +1,5 @@
 # make demo         from nothing to stories in one step, on a laptop: environment, data, flow, flow map
-# make walkthrough  the whole method in one file of 200 lines, three minutes on two cores
+# make walkthrough  the whole method in one file of 200 lines, 3.5 minutes on two cores
 # make test         ruff and the tests
 # make evidence     every model and baseline, measured: hours; stop and repeat it as you like
 # make figures      the pictures of the README, from out/palindromes

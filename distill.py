@@ -6,7 +6,7 @@
 The student is the FLM with a second time embedding, which starts at zero: it knows where it is, but
 not yet where to jump. Part of every batch keeps it a denoiser (the diagonal: jumps of no length,
 taught by the frozen FLM). The rest teaches jumps of every length by one of three objectives
-(flowmap.py), a small share of them the full jump from noise to text. Teacher and student share the
+(flowmap.py), a share of them the full jump from noise to text. Teacher and student share the
 embedding E, frozen, since both must see the same noisy state.
 
 Notable: the default objective needs forward passes only, since two short jumps are the target of a
@@ -54,9 +54,9 @@ self_distill = False             # the diagonal learns from the data; the start 
 teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
 diagonal_share = 0.5             # of every batch; the rest learns jumps
 full_jump_share = 1 / 32         # of the jumps: from noise to text in one
-full_jump_ramp = False           # it grows from 0 to that: the full jump builds on shorter ones
+full_jump_ramp = False           # let it grow from 0: the full jump builds on shorter ones
 split = 0.5                      # psd: the two jumps of a target meet at this part of the way
-context_share = 0.0              # of the rows, told some tokens, if the teacher was, too
+context_share = 0.0              # share of rows told some tokens, if the teacher was, too
 target_ema = False               # targets by the moving average instead of the student itself
 dropout = 0.0                    # of the student, not of its average or the teacher
 # -- optimization
@@ -173,7 +173,7 @@ def loss_of(net, target_net, y, tau_s, tau_t, rng, known=None):
 
 
 class Loss(nn.Module):
-    """The loss as a module for DistributedDataParallel. Targets come from the bare networks."""
+    """The loss as a module for DistributedDataParallel. Targets come from unwrapped networks."""
 
     def __init__(self, net: nn.Module):
         super().__init__()

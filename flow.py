@@ -35,8 +35,8 @@ def loss(model: Callable, clock: "Clock", y: Tensor, tau: Tensor, rng: torch.Gen
     cross-entropy of the denoiser in nats per token, and each token's, (B, L), without gradient.
 
     replaced_share: up to this share of a row's tokens is wrong in the input; see `replace`.
-    known: tokens (B, L) that the network is told; see `Given`. The others' losses count, and the
-    mean is still over all B L tokens, however many are known.
+    known: tokens (B, L) that the network is told; see `Given`. The others' losses count. The mean
+    is still over all B L tokens, so that each unknown one weighs the same in every batch.
     """
     E = model.embed.weight                                          # (V, d)
     z0 = latent_noise(E, y.shape, rng)                              # (B, L, d), the law of x0 E
@@ -57,8 +57,8 @@ class Clock:
 
         tau(t) = (V P - 1) / (V - 1) = 1 - V / (V - 1) (1 - P).
 
-    The network sees d of the V coordinates, where an average token shrinks by a factor sqrt(d / V).
-    embedding_share > 0 mixes in a clock that counts this, (1 - share) tau(r) + share
+    In the d dimensions that the network sees, the signal of an average token is weaker, by sqrt(d /
+    V). embedding_share > 0 mixes in a clock that counts this, (1 - share) tau(r) + share
     tau(r sqrt(d / V)). 0 is the published clock, and so is any share where d >= V.
 
     Errors of tau are below 1e-5. Raises ValueError for V < 2, for a share outside [0, 1], and for
@@ -177,8 +177,8 @@ def corrupt(E: Tensor, y: Tensor, t: Tensor, z0: Tensor) -> Tensor:
 
 
 def replace(y: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """Tokens y (B, L) with some replaced by the previous row's at the same place, (B, L). The
-    chance of a token differs from row to row, uniform on [0, share]. Needs B > 1.
+    """Tokens y (B, L) with some replaced by the previous row's at the same place, (B, L). Each row
+    draws its chance of replacement from [0, share]. Needs B > 1.
 
     A network that has never seen a wrong token trusts every token it can read. But the sampler's
     state does contain wrong tokens, from its own early steps. Trained on such input, the network
@@ -219,9 +219,9 @@ def hold(z: Tensor, E: Tensor, y: Tensor, known: Tensor) -> Tensor:
 
 
 def draw_known(shape: tuple[int, int], share: float, rng: torch.Generator) -> Tensor:
-    """Tokens to tell the network in training, (B, L) bool: in a share of the rows each with chance
-    f, where f differs from row to row and is uniform on [0, 1]; in the others none. So a network
-    learns any set of known tokens: the beginning, the ends, every second word."""
+    """Tokens to tell the network in training, (B, L) bool. A share of the rows is told each token
+    with chance f, drawn for the row from [0, 1]. The other rows are told none. So a network learns
+    any set of known tokens: the beginning, the ends, every second word."""
     f = stratified(shape[0], rng) / share                           # (B,), on [0, 1 / share]
     chance = torch.where(f < 1, f, 0)[:, None]
     return torch.rand(shape, generator=rng, device=rng.device) < chance
@@ -252,7 +252,7 @@ def expected_embedding(head: nn.Module, hidden: Tensor, E: Tensor, temperature: 
 
 def most_likely(head: nn.Module, hidden: Tensor) -> Tensor:
     """argmax_v D[v], tokens (B, L), from hidden (B, L, d). In bfloat16 the largest logits are often
-    equal, and the first in the vocabulary would win: the best four are recomputed in float32."""
+    equal, and the first one would win. So the best four are recomputed in float32, uncapped."""
     def best(hidden):
         few = head(hidden).topk(min(4, head.out_features)).indices  # (n, 4)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -277,9 +277,9 @@ def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gam
            watch: Callable[[Callable, Tensor], None] | None = None, rescale: bool = True) -> Tensor:
     """Tokens (B, L) from noise z (B, L, d), in `steps` moves on a uniform grid of tau.
 
-    The network, a flow (times = 1) or a flow map (2), gives hidden states (B, L, d) of the
-    distributions a move aims at, all but the last sharpened by a temperature below 1. last(head,
-    hidden) turns the last into tokens. Those that a network is told (`Given`) stay as they are.
+    The network, with one time input (a flow) or two (a flow map), returns hidden states (B, L, d)
+    of the distribution each move aims at. A temperature below 1 sharpens all but the last, which
+    last(head, hidden) turns into tokens. Those that a network is told (`Given`) stay as they are.
 
     gamma in [0, 1] makes it stochastic. Instead of landing at t, go on to t~ with 1 - t~ = (1 - t)
     sqrt(1 - gamma^2). Then add noise until the state is as noisy as at t again, (t / t~) z +
@@ -404,13 +404,13 @@ def sum_by_tokens(function: Callable[..., Tensor], head: nn.Module, hidden: Tens
 class SumBySlices(torch.autograd.Function):
     """The gradient of a sum over tokens is known as soon as the loss is. So each slice is
     differentiated in the forward pass and its logits are dropped. Keeping them would take B L V
-    numbers, recomputing them a fourth product with V."""
+    numbers, recomputing them would cost a fourth matrix product with V."""
 
     @staticmethod
     def forward(ctx, function, head, hidden, tensors, *parameters):
         values, of_hidden, of_head, scale = [], [], None, None
         for part, *rest in slices(head, hidden.detach(), *tensors):
-            if scale is None:  # float16 could not hold the sum of many gradients; exact elsewhere
+            if scale is None:  # float16 cannot hold the sum; a power of 2 is exact elsewhere
                 scale = 2.0 ** -(len(part) // 1024).bit_length()
             with torch.enable_grad():
                 value = function(head(part.requires_grad_()), *rest)            # (n, k)

@@ -18,9 +18,9 @@ with itself and with a flow language model:
     Lagrangian  (LSD)  as the end t moves, the landing point follows the flow;
     Eulerian    (ESD)  as the start s moves along the flow, the landing point stays.
 
-Every loss is a KL divergence to a target without gradient. `student` and `target_net` are callables
-(z, tau_s, tau_t) -> hidden with `head` and `embed.weight`; LSD and ESD differentiate them in
-forward mode, and add attention="math" to the call, which PyTorch can differentiate that way.
+Losses are KL divergences to targets without gradient (the diagonal's, without a teacher: to data).
+`student` and `target_net` are callables (z, tau_s, tau_t) -> hidden with `head` and `embed.weight`;
+LSD and ESD differentiate them in forward mode, and add attention="math" to the call, for PyTorch.
 `teacher` is (z, tau) -> hidden with `head`. All share one frozen E, so that they see the same
 noisy state. Start with `loss` and `sample`.
 """
@@ -57,8 +57,8 @@ def loss(student: Callable, target_net: Callable, teacher: Callable | None, cloc
     split: of psd, where on the way from tau_s to tau_t the two jumps of a target meet.
     teacher_temperature: other than 1, D is the teacher's denoiser at that temperature, and the map
     learns the flow of that.
-    known: tokens (B, L) that all three networks are told; see flow.Given. The others' losses count,
-    and the mean is still over all tokens.
+    known: tokens (B, L) that all three networks are told; see flow.Given. The mean is over all
+    tokens, known ones count as 0.
     """
     n, B, E = n_diagonal, len(y), student.embed.weight
     z = corrupt(E, y, clock.t_of_tau(tau_s), latent_noise(E, y.shape, rng, factor))

@@ -136,7 +136,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=tau.device) / 128)
         phases = self.time_scale * tau[:, None] * frequencies       # (B, 128)
         features = torch.cat((phases.cos(), phases.sin()), dim=-1)  # (B, 256)
-        # In 16 bits rounding would move the result by more than tau does in 1 / 1024.
+        # In 16 bits the rounding error would exceed the effect of a change of tau by 1 / 1024.
         with torch.autocast(tau.device.type, enabled=False):
             return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
 

@@ -46,14 +46,14 @@ flow_steps = 0                   # also decode the same noise with the flow, in 
 num_samples = 4                  # for each pattern, where fill is a file
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
 temperature = 1.0                # of the guesses on the way: below 1 for commoner words
-gamma = 0.0                      # 0 deterministic, up to 1 = all noise is fresh after every step
+gamma = 0.0                      # 0: no fresh noise; 1: all noise is fresh after every step
 prompt = ""                      # what every text begins with; needs context_share in training
 fill = ""                        # or a pattern with blanks, {} = one token, {3} = three, or a file
 refine = 0                       # rounds of posterior refinement with a flow map; 0 = off
 order = "confidence"             # of refining: the surest tokens first; or random
 guidance = 1.0                   # autoguidance (eta), away from a weaker network; 1 = off
-weak = ""                        # its checkpoint, with the same E; "" = the network itself
-weak_dropout = 0.1               # with this dropout
+weak = ""                        # its checkpoint, with the same E; "" = this network, with
+weak_dropout = 0.1               # dropout
 watch = False                    # show how the first text of each run comes about
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu
@@ -101,14 +101,14 @@ files = {path: checkpoint} | {name: ckpt.load_checkpoint(name, kind, trust_check
 for name, file in files.items() if patterns or refine else ():
     if not (file["model_config"].get("context") and file["settings"].get("context_share", 1)):
         fail(f"{name} was trained with context_share=0, so it cannot be told tokens, as prompt, "
-             f"fill and refine do; set context_share=0.5 in train.py and distill.py")
+             f"fill and refine do; set context_share=0.3 in train.py and distill.py")
 nets = {name: ckpt.build_model(file, machine.device) for name, file in files.items()}
 net, flow_net = nets[path], nets[flow_path if flow_steps else path]
 if not all(other.embed.weight.equal(net.embed.weight) for other in nets.values()):
     fail(f"{weak} has another E than {path}; a flow's E moves in training, so an earlier flow will "
          f"not do" if weak else f"{flow_path} is not the flow that {path} was distilled from; "
          f"run distill.py again")
-weak_nets = {net: nets[weak]} if weak else {                        # of each network
+weak_nets = {net: nets[weak]} if weak else {                        # each network's weaker one
     nets[name]: ckpt.build_model(file, machine.device, dropout=weak_dropout).train()
     for name, file in files.items() if guidance != 1}
 clock = flow.Clock(net.config.vocab_size, net.config.n_embd, checkpoint["clock_embedding_share"],
@@ -119,8 +119,8 @@ factor = flow.noise_factor(E)
 
 # ------------------------------------------------------------------------------ the samples
 
-# Texts in a network call, always, each group with a generator of its own: so a text is the same
-# however many are asked for, also in bfloat16, where other shapes round differently.
+# A network call makes GROUP texts, always, and each group has its own generator. So a text is the
+# same however many are asked for, also in bfloat16, where other shapes round differently.
 GROUP = 8
 given = [encode(encoding, pattern, bool(fill), L) for pattern in patterns] or [[-1] * L]
 given = torch.tensor(given, device=machine.device)                  # (n, L), -1 where unknown
@@ -156,12 +156,12 @@ for n_steps, with_flow in runs:
             if guidance != 1:                                       # which the last guess lacks
                 watcher.draw("guided", text, *watcher.last[1:])
         alone = min(timeit.repeat(lambda: generate(n_steps, with_flow, size=1), number=1, repeat=2))
-        start = told = time.perf_counter()
+        start = said = time.perf_counter()
         for number, group in itertools.product(range(len(given)), range(-(-num_samples // GROUP))):
             rows += generate(n_steps, with_flow, number, group)[:num_samples - group * GROUP]
             made, passed = made + GROUP, time.perf_counter() - start
-            if time.perf_counter() > told + 5 and len(rows) < total:
-                told = time.perf_counter()
+            if time.perf_counter() > said + 5 and len(rows) < total:
+                said = time.perf_counter()
                 print(f"{kind}, steps={n_steps}: {len(rows):,} of {total:,} texts, "
                       f"{(total / len(rows) - 1) * passed:.0f} s left", file=sys.stderr)
     dials = {key: settings[key] for key in ("seed", "gamma", "temperature", "refine", "order",

@@ -9,8 +9,8 @@ Ctrl-C writes a checkpoint too; continue with --init_from=resume. --method train
 (baselines/), on the same network and data, into a file of its own name.
 
 Notable: the loss is cross-entropy at a random time, but no noise of vocabulary width is ever drawn
-(flow.py). The validation loss is also shown by time: a flow learns late, easy times long before
-early, hard ones.
+(flow.py). The validation loss is also shown by time: a flow learns the easy times near 1 long
+before the hard ones near 0.
 """
 
 import contextlib
@@ -58,15 +58,15 @@ position_std = 0.1               # their standard deviation at first; pure noise
 time_scale = 30.0                # ours: spreads tau over its sinusoids' phases; 1 in the paper
 attention_softcap = 0.0          # 50 in the paper; 0 = off
 logit_softcap = 0.0              # 30 in the paper; 0 = off
-clock_embedding_share = 0.0      # of a clock that counts what d dimensions show; 0 = published
+clock_embedding_share = 0.0      # ours: weight of a clock for d dimensions, not V; 0 = published
 replaced_share = 0.0             # ours: up to this share of a row is wrong in the input
-context_share = 0.0              # ours: of the rows, told some tokens; for prompts and blanks
+context_share = 0.0              # ours: share of rows told some tokens, for prompts and blanks
 # -- optimization
 batch_size = 64                  # sequences in a micro-step of one process
 gradient_accumulation_steps = 1  # micro-steps of a step, over all processes
 max_iters = 1000                 # optimizer steps
 learning_rate = 2e-3
-embed_lr_scale = 1.0             # ours: E's rate over learning_rate; a larger E is larger noise
+embed_lr_scale = 1.0             # ours: E's rate / learning_rate; the noise x0 E grows with E
 schedule = "cosine"              # or constant, as published
 min_lr = 1e-4                    # where the cosine ends
 warmup_iters = 100
@@ -152,15 +152,15 @@ clock = Clock(model.config.vocab_size, n_embd, clock_embedding_share, machine.de
 
 
 class Loss(nn.Module):
-    """The loss as a module. DistributedDataParallel averages the gradients of what a forward pass
-    uses, and a loss also uses the head and E outside the network's."""
+    """The loss as a module. DistributedDataParallel sees only what a forward pass uses, and the
+    loss also uses the head and E outside the network's forward pass."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
 
     def forward(self, y, tau, rng):
-        extra = {"replaced_share": replaced_share} if replaced_share else {}
+        extra = {"replaced_share": replaced_share} if replaced_share else {}    # not of baselines
         if context_share:
             extra["known"] = draw_known(y.shape, context_share, rng)            # (B, L)
         with machine.autocast():
@@ -279,7 +279,7 @@ while True:
     for opt in optimizers:
         machine.scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # float16 only: the scaler would step the optimizer whose own gradients are finite.
+    # float16: the scaler checks each optimizer alone and might step only one. Skip both.
     overflow = machine.scaler.is_enabled() and not norm.isfinite()
     skipped = skipped + 1 if overflow else 0
     ckpt.require_progress(skipped, step)

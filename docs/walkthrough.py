@@ -1,6 +1,6 @@
 """Flow language models and flow maps: the whole method in one file, to be read from top to bottom.
 
-    python docs/walkthrough.py         # about three minutes on two CPU cores
+    python docs/walkthrough.py      # 3.5 minutes on two CPU cores; its map: 84% valid in one step
 
 A flow turns noise into all tokens of a text together, in many steps. A flow map learns to do it in
 one. Both are computed here as on paper, in arrays (B, L, V): B texts, L tokens, a vocabulary of V.
@@ -18,8 +18,8 @@ torch.manual_seed(0)
 start = time.time()
 
 # ---- 1. The texts: palindromes, four random letters and their mirror image.
-# Each letter is uniform on its own and certain once its partner is known. Letters drawn each on
-# its own are a palindrome once in 26^4 = 456,976 times: one step has to make partners agree.
+# Each letter is uniform on its own and certain once its partner is known. Independent letters are
+# a palindrome once in 26^4 = 456,976 times. So one step must make partners agree.
 V, L, B = 26, 8, 128
 
 
@@ -43,7 +43,7 @@ noise, letter = torch.randn(50_000, V), torch.eye(V)[0]
 t_table = torch.linspace(0, 1, 201)
 right = torch.stack([(noise.lerp(letter, t).argmax(1) == 0).float().mean() for t in t_table])
 tau_table = (right - right[0]) / (1 - right[0])                         # right[0] is about 1/V
-unsure = tau_table < 1                                                  # from there jump to t = 1
+unsure = tau_table < 1                                                  # tau = 1 has no inverse
 t_table, tau_table = (F.pad(table[unsure], (0, 1), value=1.0) for table in (t_table, tau_table))
 
 
@@ -106,7 +106,7 @@ def train(net, steps, lr, loss):
 # ---- 5. The flow: learn to guess the text from x_t.
 # The denoiser D_t(x), the distribution of each letter given x_t = x, is learned by cross-entropy.
 # The flow is dx/dt = (D - x) / (1 - t). An Euler step from s to t takes x to (1 - h) x + h D with
-# h = (t - s) / (1 - s). Steps are equal on the clock; of the last, keep the likeliest letters.
+# h = (t - s) / (1 - s). Steps are equal on the clock. After the last take the likeliest letters.
 
 def flow_loss(net, target_net, progress):
     y = palindromes(B)
@@ -135,8 +135,8 @@ flow = train(Network(), 600, 3e-3, flow_loss)
 report("flow", flow, (1, 2, 8, 64), is_map=False)
 
 # ---- 6. The flow map: learn where the flow will end up.
-# One Euler step fails: at t = 0 every letter is as likely as any other. But where the flow carries
-# x from s to t is certain. Write this jump like an Euler step, X_{s,t}(x) = (1 - h) x + h delta.
+# One Euler step fails: at t = 0 every letter is as likely as any other. But x at s determines where
+# the flow carries it at t. Write this jump like an Euler step, X_{s,t}(x) = (1 - h) x + h delta.
 # Then delta_{s,t}(x) averages the D met on the way: a distribution, to be learned by two rules:
 #   diagonal    delta_{t,t} = D_t: a jump of no length is what the flow, the teacher, knows;
 #   semigroup   delta_{s,t}(x) = g delta_{s,u}(x) + (1 - g) delta_{u,t}(X_{s,u}(x)), with

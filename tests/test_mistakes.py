@@ -168,7 +168,7 @@ CASES = [
     ("sample.py --guidance=2 --weak={toy}/out/flm.pt", "{toy}/out/flm.pt {wants_map}"),
     ("sample.py --refine=9", "refine=9: must lie in [0, 8]"),
     *((f"sample.py {words}", "{toy}/out/fmlm.pt was trained with context_share=0, so it cannot be "
-       "told tokens, as prompt, fill and refine do; set context_share=0.5 in train.py and "
+       "told tokens, as prompt, fill and refine do; set context_share=0.3 in train.py and "
        "distill.py")
       for words in ("--refine=2", "--prompt=the", "--fill={{2}}.")),
     ("sample.py --prompt=the --fill={{}}",
