@@ -37,8 +37,7 @@ from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, P
 # -- input and output
 out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
 dataset = "stories"              # must have the vocabulary that the FLM was trained on
-teacher_path = ""                # the FLM, ours or a released one (.ckpt, .safetensors or
-                                 # hf:owner/name); "" = out_dir/flm.pt
+teacher_path = ""                # the FLM, ours or a released one; "" = out_dir/flm.pt
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
 n_head = 0                       # of a released teacher that does not say it
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on

@@ -290,8 +290,7 @@ def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gam
 
     weak makes it guided by a worse network with the same E: a move aims at D_weak + eta (D -
     D_weak), past D, away from what the worse one would do (autoguidance, arXiv 2406.02507). The
-    last tokens are the likeliest of that. eta = 1 is no guidance.
-
+    last tokens are the likeliest of that, and `last` is not used. eta = 1 is no guidance.
     watch(model, hidden) sees every guess.
     """
     E = model.embed.weight

@@ -258,9 +258,9 @@ def refine(model: Callable, clock: Clock, noise: Callable[[], Tensor], rounds: i
         sure = torch.rand(y.shape, generator=order, device=z.device)
 
         def last(head, hidden):
+            nonlocal sure
             tokens = most_likely(head, hidden)
-            if order is None:
-                sure.copy_(confidence(head, hidden, tokens))
+            sure = confidence(head, hidden, tokens) if order is None else sure
             return tokens
         y = sample(Given(model, y, known), clock, z, jumps, last=last, watch=watch)
         number = torch.ceil((~known).sum(1, keepdim=True) / left)   # (B, 1), of tokens to commit

@@ -3,12 +3,10 @@
     python sample.py --steps 1              # one network evaluation a text, with the flow map
     python sample.py --steps 1,2,4,8 --flow_steps 64    # the same noise, by flow map and flow
     python sample.py --prompt "One calm morning Tom took a nice kite to the fair." --watch
-    python sample.py --fill "One {2} Tom took a {1} kite to the {1}. {22} Now Mia has the {1}, and"
+    python sample.py --fill "One {2} Tom took a {1} kite to the {1}. {22} Now Zoe has the {1}, and"
     python sample.py --refine=8     # each round keeps the surest words; or --steps 8 --guidance=2
     python sample.py --out_dir=out/owt --num_samples=64 --out=samples.jsonl
     python sample.py --init_from=owt_fmlm.ckpt --trust_checkpoint   # a checkpoint of the authors
-    python sample.py --init_from=lm1b_fmlm.ckpt --trust_checkpoint --vocabulary=vocab.txt
-    python sample.py --init_from=hf:owner/name      # their model.safetensors, from the hub
 
 Reads out_dir/fmlm.pt, or flm.pt if there is no flow map yet. Needs no data folder: the tokenizer is
 in the checkpoint. Prints a table, a row for each number of steps, then the texts, those from the
@@ -48,13 +46,13 @@ block_size = 0                   # tokens in a text; 0 = as many as the network 
 temperature = 1.0                # of the guesses on the way: below 1 for commoner words
 gamma = 0.0                      # 0: no fresh noise; 1: all noise is fresh after every step
 prompt = ""                      # what every text begins with; needs context_share in training
-fill = ""                        # or a pattern with blanks, {} = one token, {3} = three, or a file
+fill = ""                        # or a text with blanks, {} = one token, {3} = three; or a file
 refine = 0                       # rounds of posterior refinement with a flow map; 0 = off
-order = "confidence"             # of refining: the surest tokens first; or random
+order = "confidence"             # in which refine keeps tokens: the surest first; or random
 guidance = 1.0                   # autoguidance (eta), away from a weaker network; 1 = off
 weak = ""                        # its checkpoint, with the same E; "" = this network, with
 weak_dropout = 0.1               # dropout
-watch = False                    # show how the first text of each run comes about
+watch = False                    # show the first text of each run while it is made
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu
 dtype = "auto"                   # bfloat16, float16, float32; auto: the fastest the hardware has
@@ -75,9 +73,12 @@ if flow_steps and init_from:
     fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from")
 if refine and (gamma or temperature != 1 or guidance != 1 or flow_steps):
     fail("refine goes with none of gamma, temperature, guidance and flow_steps; leave them out")
-if order == "random" and not refine or weak and (guidance == 1 or flow_steps):
-    fail("weak is for guidance, and not for flow_steps, which has two networks to weaken" if weak
-         else "order=random is for refining; add --refine=8, say")
+if order == "random" and not refine:
+    fail("order=random is for refining; add --refine=8, say")
+if (weak or weak_dropout != 0.1) and guidance == 1:
+    fail("weak and weak_dropout are for guidance; add --guidance=2, say")
+if weak and (flow_steps or weak_dropout != 0.1):
+    fail("weak goes with neither flow_steps nor weak_dropout; leave them out")
 patterns = read_patterns(prompt, fill)
 if out:
     if Path(out).suffix != ".jsonl":
@@ -96,18 +97,16 @@ require_in(settings, f"[0, {L}]", "refine")  # a round keeps a token at least
 if refine and not is_map:
     fail(f"refine is for flow maps, and {path} is a flow; distill.py makes its map")
 others = [(flow_path, "flm")] * (flow_steps > 0) + [(weak, checkpoint["kind"])] * (weak != "")
-files = {path: checkpoint} | {name: ckpt.load_checkpoint(name, kind, trust_checkpoint)
+files = {path: checkpoint} | {name: ckpt.load_checkpoint(name, kind, trust_checkpoint, n_head)
                               for name, kind in others}
 for name, file in files.items() if patterns or refine else ():
-    if not (file["model_config"].get("context") and file["settings"].get("context_share", 1)):
-        fail(f"{name} was trained with context_share=0, so it cannot be told tokens, as prompt, "
-             f"fill and refine do; set context_share=0.3 in train.py and distill.py")
+    ckpt.require_context(name, file)
 nets = {name: ckpt.build_model(file, machine.device) for name, file in files.items()}
 net, flow_net = nets[path], nets[flow_path if flow_steps else path]
 if not all(other.embed.weight.equal(net.embed.weight) for other in nets.values()):
-    fail(f"{weak} has another E than {path}; a flow's E moves in training, so an earlier flow will "
-         f"not do" if weak else f"{flow_path} is not the flow that {path} was distilled from; "
-         f"run distill.py again")
+    fail(f"{weak} has another E than {path}; only earlier checkpoints of its distillation have the "
+         f"same, those of a flow do not" if weak else f"{flow_path} is not the flow that {path} "
+         f"was distilled from; run distill.py again")
 weak_nets = {net: nets[weak]} if weak else {                        # each network's weaker one
     nets[name]: ckpt.build_model(file, machine.device, dropout=weak_dropout).train()
     for name, file in files.items() if guidance != 1}
@@ -123,6 +122,7 @@ factor = flow.noise_factor(E)
 # same however many are asked for, also in bfloat16, where other shapes round differently.
 GROUP = 8
 given = [encode(encoding, pattern, bool(fill), L) for pattern in patterns] or [[-1] * L]
+told = [max((i + 1 for i, token in enumerate(row) if token >= 0), default=0) for row in given]
 given = torch.tensor(given, device=machine.device)                  # (n, L), -1 where unknown
 
 
@@ -153,7 +153,7 @@ for n_steps, with_flow in runs:
         if watch:
             watcher = Watch(encoding, E, kind, n_steps * max(1, refine), given[0])
             text = torch.tensor(generate(n_steps, with_flow, watcher=watcher)[0])
-            if guidance != 1:                                       # which the last guess lacks
+            if guidance != 1:                                       # the last guess was not guided
                 watcher.draw("guided", text, *watcher.last[1:])
         alone = min(timeit.repeat(lambda: generate(n_steps, with_flow, size=1), number=1, repeat=2))
         start = said = time.perf_counter()
@@ -165,10 +165,11 @@ for n_steps, with_flow in runs:
                 print(f"{kind}, steps={n_steps}: {len(rows):,} of {total:,} texts, "
                       f"{(total / len(rows) - 1) * passed:.0f} s left", file=sys.stderr)
     dials = {key: settings[key] for key in ("seed", "gamma", "temperature", "refine", "order",
-                                            "guidance")}
-    records.append([dict(sample=i + 1, model=kind, steps=n_steps, text=text_of(encoding, row),
-                         tokens=row, **dials, **(dict(prompt=patterns[i // num_samples]) if patterns
-                                                 else {})) for i, row in enumerate(rows)])
+                                            "guidance", "weak", "weak_dropout")}
+    records.append([dict(
+        sample=i + 1, model=kind, steps=n_steps, tokens=row, **dials,
+        text=text_of(encoding, row, told[i // num_samples]),
+        pattern=patterns[i // num_samples] if patterns else "") for i, row in enumerate(rows)])
     table.append(f"{names[-1]} {alone * 1000:9.1f} {made / passed:8.1f}")
     if check:
         mistakes = [check(record["text"].strip()) for record in records[-1]]

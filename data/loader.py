@@ -137,11 +137,13 @@ def tokenizer_from_dict(d: dict) -> Encoding | WordPieces:
     return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def text_of(encoding: Encoding | WordPieces, row: list[int]) -> str:
-    """The text of a row of ids. It ends at the first <|endoftext|>; but where the row begins with
-    one, it is packed: its documents are joined by a blank line."""
-    first, *others = encoding.decode(row).split("<|endoftext|>")
-    return first or "\n\n".join(filter(None, others))
+def text_of(encoding: Encoding | WordPieces, row: list[int], told: int = 0) -> str:
+    """The text of a row of ids. It ends at the first <|endoftext|> after the first `told` ids,
+    where the last that the network was told stands. But a row that begins with an <|endoftext|> is
+    packed: its documents are joined by a blank line."""
+    if (whole := encoding.decode(row)).startswith("<|endoftext|>"):
+        return "\n\n".join(filter(None, whole.split("<|endoftext|>")))
+    return encoding.decode(row[:told]) + encoding.decode(row[told:]).split("<|endoftext|>")[0]
 
 
 def find_check(name: str | None) -> Callable[[str], str | None] | None:

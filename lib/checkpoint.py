@@ -235,6 +235,14 @@ def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **
     return model.eval().to(device)
 
 
+def require_context(path: str | Path, checkpoint: dict) -> None:
+    """Exits when the network was not trained to be told tokens."""
+    if not (checkpoint["model_config"].get("context")
+            and checkpoint["settings"].get("context_share", 1)):
+        fail(f"{path} was trained with context_share=0, so it cannot be told tokens, as prompt, "
+             f"fill and refine do; set context_share=0.3 in train.py and distill.py")
+
+
 def set_length(checkpoint: dict, block_size: int, path: str) -> int:
     """Make the network of a checkpoint one of texts of `block_size` tokens, 0 for as many as it was
     trained on, and return how many that is. Exits when it has learned other positions, or nothing
@@ -308,8 +316,9 @@ def load_start(path: str, kind: str, model_args: dict, clock_embedding_share: fl
     checkpoint = load_checkpoint(path, kind)
     for key, value in dict(model_args, clock_embedding_share=clock_embedding_share).items():
         had = (checkpoint | checkpoint["model_config"]).get(key, value)
-        if had != value and key != "context":
-            fail(f"{path} was made with {key}={had}, not {value}; start with that")
+        if had != value and (key != "context" or had):
+            fail(f"{path} was made with {key}={had}, not {value}; start with that"
+                 + "; set context_share above 0" * (key == "context"))
     return checkpoint
 
 

@@ -1,8 +1,8 @@
 """Prompts and texts with blanks (sample.py --prompt and --fill) as tokens.
 
-A blank is {n}, n unknown tokens, or {}, one. Where a token includes the space before a word (words,
-byte pairs), a text of a set of lines has one in front, and the space before a blank is the blank's.
-Characters stand as they are written.
+A blank is {n}, n unknown tokens, or {}, one. In vocabularies of words and byte pairs a token
+includes the space before it. So the space before a blank belongs to the blank, and in sets of lines
+a text starts with a space. In vocabularies of characters nothing is changed.
 """
 
 import difflib
@@ -23,22 +23,24 @@ def read_patterns(prompt: str, fill: str) -> list[str]:
     Exits for two of them, for a file without any, for a fill without a blank or with a wrong one.
     """
     if prompt and fill:
-        fail("prompt and fill exclude each other; what follows the last word of a fill is free")
+        fail("give prompt or fill, not both; a fill may begin with words, and need not end a text")
+    if prompt and not prompt.strip():
+        fail("the prompt is blank; leave it out")
     is_file, patterns = os.path.isfile(fill), [fill] if fill else []
     if is_file:
         try:
-            text = Path(fill).read_text(encoding="utf-8")
+            text = Path(fill).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             fail(f"cannot read {fill} ({getattr(error, 'strerror', None) or 'not UTF-8 text'})")
-        patterns = list(filter(str.strip, text.splitlines())) or fail(f"{fill} is empty")
+        patterns = list(filter(str.strip, text.split("\n"))) or fail(f"{fill} is empty")
     for pattern in patterns:
         if re.search(r"\{([0-9]+(?![0-9}])|$)", pattern):
             fail(f"fill={pattern}: a {{ is not closed; {{3}} is a blank of three tokens")
         if re.search(r"\{0+\}", pattern):
-            fail(f"fill={pattern}: a blank of no token; {{}} is one token, {{3}} three")
+            fail(f"fill={pattern}: a blank needs a token at least; {{}} is one, {{3}} three")
         if not re.search(r"\{[0-9]*\}", pattern):
             fail(f"fill={pattern} has no blank{'' if is_file else ' and is no file'}; {{}} is one "
-                 f"token, {{3}} three; what texts begin with is --prompt")
+                 f"token, {{3}} three; use --prompt for the beginning of a text")
     return [prompt] if prompt else patterns
 
 
@@ -59,8 +61,10 @@ def encode(enc: tiktoken.Encoding, pattern: str, blanks: bool, L: int) -> list[i
     row = [enc.eot_token] if packed else []                         # as corpus.pack begins a row
     for text, number in itertools.zip_longest(texts, numbers, fillvalue="0"):
         row += enc.encode_ordinary(text) + [-1] * min(int(number[:9] or 1), L + 1)
-    if len(row) + (not blanks) > L:
+    if len(row) > L:
         fail(f"{name}={pattern[:200]} is too long: {len(row)} tokens or more, where a text has {L}")
+    if -1 not in row and len(row) == L:
+        fail(f"{name}={pattern[:200]} leaves nothing to write: it has {L} tokens, as a text has")
     return row + [-1] * (L - len(row))
 
 
@@ -77,4 +81,5 @@ def require_spelled(enc: tiktoken.Encoding, texts: list[str], name: str) -> None
         said.append(repr(word) + (f" (only as {words[word].decode()!r})" if word in words else
                                   f" (nearest: {', '.join(near)})" if near else ""))
     if said:
-        fail(f"{name}: the vocabulary lacks {', '.join(said)}")
+        blanks = name.startswith("prompt") and "{" in name
+        fail(f"{name}: the vocabulary lacks {', '.join(said)}{'; for blanks use --fill' * blanks}")

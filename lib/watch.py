@@ -1,7 +1,8 @@
-"""A text while it is made, each guess drawn over the one before (sample.py --watch): grey to white
-for how sure the network is of a token, bold where it was told the token."""
+"""Shows a text while it is made (sample.py --watch). Each guess is drawn over the last: pale where
+the network is unsure of a token, bold where it was told the token."""
 
 import contextlib
+import os
 import sys
 import time
 from shutil import get_terminal_size
@@ -13,7 +14,7 @@ from torch import Tensor
 from flow import Given, most_likely
 from flowmap import confidence
 
-PAUSE = 0.1                      # seconds that a frame stays: one step is visible, too
+PAUSE = 0.1                      # seconds a frame stays, so that even a single step can be seen
 
 
 class Watch:
@@ -28,13 +29,14 @@ class Watch:
         """z (B, L, d) as it came. At first drawn, at each place the token of nearest embedding."""
         if not self.frames:
             tokens, known = torch.cdist(z[0].float(), self.E.float()).argmin(-1), self.given >= 0
-            self.draw("noise", self.given.where(known, tokens), tokens * 0.0, known)
+            self.draw("noise", self.given.where(known, tokens), torch.zeros(len(tokens)), known)
         return z
 
     def __call__(self, model, hidden: Tensor) -> None:
         """hidden (B, L, d) of `model`, which may be told tokens."""
         tokens = most_likely(model.head, hidden[:1])                # (1, L)
-        sure, known = confidence(model.head, hidden[:1], tokens)[0], tokens[0] < 0
+        sure = confidence(model.head, hidden[:1], tokens)[0]
+        known = torch.zeros_like(tokens[0], dtype=torch.bool)
         if isinstance(model, Given):
             known, tokens = model.known[0], model.y[:1].where(model.known[:1], tokens)
         self.draw(f"{self.frames} of {self.steps}", tokens[0], sure, known)
@@ -42,11 +44,16 @@ class Watch:
     def draw(self, label: str, tokens: Tensor, sure: Tensor, known: Tensor) -> None:
         """A frame of tokens (L,), how sure, and which are told; without a terminal a line."""
         self.last, self.frames = (tokens, sure, known), self.frames + 1
-        pieces, lines, used = spell(self.decoder, tokens.tolist()), [f"{self.name}, {label}", ""], 0
-        text, screen = f"{lines[0]}:  {' '.join(''.join(pieces).split())}\n", sys.stdout.isatty()
+        told = max((i + 1 for i, one in enumerate(known.tolist()) if one), default=0)
+        pieces, lines, used = spell(self.decoder, tokens.tolist(), told), [
+            f"{self.name}, {label}", ""], 0
+        text = f"{lines[0]}:  {' '.join(''.join(pieces).split())}\n"
+        screen = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         columns, rows = get_terminal_size()
         for piece, p, bold in zip(pieces, sure.tolist(), known.tolist()):
-            style = f"\x1b[0;{'1;' * bold}38;5;{238 + round(17 * max(p, bold))}m"   # greys to 255
+            # Greys that show on white and on black, and what is certain in the usual colour.
+            style = "\x1b[0;1m" if bold else "\x1b[0m" if p > 0.9 else (
+                f"\x1b[0;38;5;{240 + round(10 * p)}m")
             for i, part in enumerate(piece[:(columns - 1) // 2].split("\n")):
                 size = sum(1 + (east_asian_width(c) in "WF") for c in part)
                 if i or used + size >= columns:                     # the last column stays free
@@ -56,15 +63,22 @@ class Watch:
         if screen:
             up, self.height = f"\x1b[{self.height}A" * (self.height > 0), min(len(lines), rows - 1)
             text = up + "".join(f"\r{line}\x1b[0m\x1b[K\n" for line in lines[:rows - 1]) + "\x1b[J"
-        with contextlib.suppress(BrokenPipeError):                  # sample.py has yet to write
+        with contextlib.suppress(BrokenPipeError):                  # sample.py still has to write
             print(text, end="", flush=True)
         time.sleep(PAUSE * screen)
 
 
-def spell(decoder, tokens: list[int]) -> list[str]:
-    """The text of each token up to an end of text; one in front, as in packed rows, is empty."""
-    texts = [decoder.decode(tokens[:n]).removeprefix("<|endoftext|>").rstrip("\ufffd")
-             for n in range(len(tokens) + 1)]                       # \ufffd: half a character
-    pieces = [whole[len(before):] for before, whole in zip(texts, texts[1:])]
-    end = [*pieces, "<|endoftext|>"].index("<|endoftext|>")
-    return ["".join(c for c in piece if c.isprintable() or c == "\n") for piece in pieces[:end]]
+def spell(decoder, tokens: list[int], told: int = 0) -> list[str]:
+    """The text of each token up to an end of text, as data.loader.text_of finds it. In packed rows,
+    which begin with one, it is a blank line."""
+    texts = [decoder.decode(tokens[:n]).rstrip("\ufffd")            # half a character
+             for n in range(len(tokens) + 1)]
+    pieces, shown = [whole[len(before):] for before, whole in zip(texts, texts[1:])], []
+    packed = pieces[:1] == ["<|endoftext|>"]
+    for i, piece in enumerate(pieces):
+        if piece.endswith("<|endoftext|>") and packed:
+            piece = "\n\n" * (i > 0)
+        elif piece.endswith("<|endoftext|>") and i >= told:
+            break
+        shown.append("".join(c for c in piece if c.isprintable() or c == "\n"))
+    return shown

@@ -131,9 +131,9 @@ def write_toy(folder: Path):
     write_set(folder, "the cat sat on the mat. a dog ran to the red hut.\n" * 40)
 
 
-def write_told(path: Path, L: int, enc, flow_map=True, seed=0, share=0.5):
-    """A checkpoint that can be told tokens, of random weights. Its texts do not end early. E is the
-    same for every seed."""
+def write_told(path: Path, L: int, enc, flow_map=True, seed=0, share=0.5, end=-99):
+    """A checkpoint that can be told tokens, of random weights. Its texts do not end early, unless
+    the bias of the end of text is large. E is the same for every seed."""
     torch.manual_seed(seed)
     config = ModelConfig(enc.n_vocab, L, 1, 2, 16, 8, flow_map=flow_map, context=True)
     net = FlowTransformer(config)
@@ -141,7 +141,7 @@ def write_told(path: Path, L: int, enc, flow_map=True, seed=0, share=0.5):
         if name.startswith("head") or "modulation" in name and "bias" in name or name == "known":
             torch.nn.init.normal_(p)
     torch.nn.init.normal_(net.embed.weight, generator=torch.Generator().manual_seed(0))
-    net.head.bias.data[list(enc._special_tokens.values())] = -99
+    net.head.bias.data[list(enc._special_tokens.values())] = end
     torch.save(dict(
         format="flm-1", kind="fmlm" if flow_map else "flm", model_config=asdict(config), step=1,
         ema=net.state_dict(), clock_embedding_share=0.0, settings=dict(context_share=share),

@@ -84,7 +84,8 @@ PARTS = dict(  # of several messages
     damaged="is damaged, or no checkpoint at all",
     foreign="is no checkpoint of train.py or distill.py, nor one the authors released",
     local="on the Hub (OfflineModeIsEnabled); without a network, give a local copy with --file",
-    weak="weak is for guidance, and not for flow_steps, which has two networks to weaken",
+    weak="weak goes with neither flow_steps nor weak_dropout; leave them out",
+    unguided="weak and weak_dropout are for guidance; add --guidance=2, say",
     wants_map="is a flow (FLM, from train.py); what is needed here is a flow map (FMLM, from "
               "distill.py)",
     wants_flow="is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from "
@@ -155,16 +156,18 @@ CASES = [
     ("sample.py --weak_dropout=1", "weak_dropout=1.0: must lie in (0, 1)"),
     ("sample.py --order=first", "order=first: choose confidence, random"),
     ("sample.py --order=random", "order=random is for refining; add --refine=8, say"),
-    ("sample.py --weak=x.pt", "{weak}"),
+    ("sample.py --weak=x.pt", "{unguided}"),
+    ("sample.py --weak_dropout=0.5", "{unguided}"),
     ("sample.py --weak=x.pt --guidance=2 --flow_steps=2", "{weak}"),
+    ("sample.py --weak=x.pt --guidance=2 --weak_dropout=0.5", "{weak}"),
     *((f"sample.py --refine=2 --{other}=0.5",
        "refine goes with none of gamma, temperature, guidance and flow_steps; leave them out")
       for other in ("gamma", "temperature", "guidance")),
     ("sample.py --refine=2 --model=flm",
      "refine is for flow maps, and {toy}/out/flm.pt is a flow; distill.py makes its map"),
     ("sample.py --guidance=2 --model=flm --weak={broken}/retrained/flm.pt",
-     "{broken}/retrained/flm.pt has another E than {toy}/out/flm.pt; a flow's E moves in training, "
-     "so an earlier flow will not do"),
+     "{broken}/retrained/flm.pt has another E than {toy}/out/flm.pt; only earlier checkpoints of "
+     "its distillation have the same, those of a flow do not"),
     ("sample.py --guidance=2 --weak={toy}/out/flm.pt", "{toy}/out/flm.pt {wants_map}"),
     ("sample.py --refine=9", "refine=9: must lie in [0, 8]"),
     *((f"sample.py {words}", "{toy}/out/fmlm.pt was trained with context_share=0, so it cannot be "
@@ -172,11 +175,12 @@ CASES = [
        "distill.py")
       for words in ("--refine=2", "--prompt=the", "--fill={{2}}.")),
     ("sample.py --prompt=the --fill={{}}",
-     "prompt and fill exclude each other; what follows the last word of a fill is free"),
-    ("sample.py --fill={{0}}", "fill={{0}}: a blank of no token; {{}} is one token, {{3}} three"),
+     "give prompt or fill, not both; a fill may begin with words, and need not end a text"),
+    ("sample.py --fill={{0}}",
+     "fill={{0}}: a blank needs a token at least; {{}} is one, {{3}} three"),
     ("sample.py --fill={{3", "fill={{3: a {{ is not closed; {{3}} is a blank of three tokens"),
     ("sample.py --fill=the", "fill=the has no blank and is no file; {{}} is one token, {{3}} "
-     "three; what texts begin with is --prompt"),
+     "three; use --prompt for the beginning of a text"),
     ("sample.py --fill={broken}/latin1.txt", "cannot read {broken}/latin1.txt (not UTF-8 text)"),
     ("sample.py --flow_steps=4 --init_from={toy}/out/fmlm.pt",
      "flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from"),

@@ -38,6 +38,12 @@ def test_a_text_ends_at_the_end_of_text(words, text):
     assert text_of(ENC, row) == text
 
 
+def test_a_text_ends_after_the_last_token_that_was_told():
+    a, b = ENC.encode("ab")
+    assert text_of(ENC, [a, EOS, b, a, EOS, b], 3) == "a<|endoftext|>ba"
+    assert text_of(ENC, [a, EOS, b], 1) == "a" and text_of(ENC, [EOS, a, EOS, b], 2) == "a\n\nb"
+
+
 def test_tokenizers_without_an_end_of_text():
     plain = tokenizer.char_encoding("abcd", "letters")
     assert text_of(plain, [3, 0, 1]) == "dab"
@@ -48,10 +54,12 @@ def test_tokenizers_without_an_end_of_text():
 def test_the_text_of_each_token():
     """As --watch shows it: to the end of the text. An end of text in front begins a packed row."""
     a, b = ENC.encode("ab")
-    assert spell(ENC, [a, b, EOS, a]) == ["a", "b"] and spell(ENC, [EOS, EOS]) == [""]
-    assert spell(ENC, [EOS, a, EOS, b]) == ["", "a"]
+    assert spell(ENC, [a, b, EOS, a]) == ["a", "b"] and spell(ENC, []) == []
+    assert spell(ENC, [a, EOS, b, EOS], 3) == ["a", "<|endoftext|>", "b"]
+    assert spell(ENC, [EOS, a, EOS, b]) == ["", "a", "\n\n", "b"]
     halves = tokenizer.train_bpe("é\t", 4, "bytes")  # a letter of two tokens, a control character
     assert spell(halves, halves.encode("é\t")) == ["", "é", ""]
+    assert spell(halves, [halves.encode("é")[0], halves.eot_token]) == [""]
 
 
 def test_a_checkpoint_can_only_name_modules_of_data():

@@ -58,6 +58,10 @@ def test_a_run_starts_with_the_averages_of_another(toy, tmp_path):
     assert start["ema"].keys() == end["model"].keys()
     assert all(torch.equal(start["ema"][name], p) for name, p in end["model"].items())
     assert not all(torch.equal(start["model"][name], p) for name, p in end["model"].items())
+    assert quick_run(*command(toy, "train.py", tmp_path / "again",
+                              f"--start_from={tmp_path / 'flm.pt'}"), status=1) == (
+        f"error: {tmp_path}/flm.pt was made with context=True, not False; start with that; set "
+        f"context_share above 0")
 
 
 def test_embed_lr_scale_scales_the_steps_of_e_alone(toy, tmp_path):
