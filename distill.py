@@ -212,9 +212,9 @@ def learning_rate_at(step: int) -> float:
 # ------------------------------------------------------------------------------ resume, save
 
 step = ckpt.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
-resumed_at = step if checkpoint else None
+saved_at = step if checkpoint else None
 del checkpoint
-log = ckpt.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
+log = ckpt.Log(path, machine, saved_at is not None, step, wandb_project, settings)
 
 
 def save(best: bool = False) -> None:
@@ -266,7 +266,7 @@ while True:
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["lr"] = lr
 
-    if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
+    if (step % eval_interval == 0 or step == max_iters) and step != saved_at:
         mean, bins = validate()
         ckpt.require_finite(mean, step)
         kept = [None if math.isnan(x) else x for x in bins]         # NaN: no jump of this length
@@ -277,6 +277,7 @@ while True:
                   + " ".join(f"{x:.2f}" for x in bins[1:]).replace("nan", "-"), flush=True)
         if step > 0:
             save(best=keep_best and log.lowest("val_loss", mean))
+            saved_at = step
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):
         break
@@ -319,7 +320,7 @@ while True:
                   f"{progress.line(step)}", flush=True)
 
 stopped = step < max_iters
-if stopped:
+if stopped and step != saved_at:
     save()
 machine.total(torch.zeros(1))
 if machine.main:

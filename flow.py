@@ -341,8 +341,9 @@ SLICE = 2 ** 25  # logits held at once on a CPU: 128 MiB in float32, 667 tokens 
 
 def slices(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Slices of several tensors (N, ..), of as many tokens as SLICE logits allow. Four times that
-    on a GPU: each slice adds a (V, d) gradient to the head's, so fewer and larger are faster."""
-    n = max(1, (4 if tensors[0].is_cuda else 1) * SLICE // head.out_features)
+    on a GPU: each slice adds a (V, d) gradient to the head's, so fewer and larger are faster. But
+    float16 cannot hold that gradient, a sum over tokens, of many more than 4,096."""
+    n = max(1, min(4096, (4 if tensors[0].is_cuda else 1) * SLICE // head.out_features))
     return zip(*(tensor.split(n) for tensor in tensors))
 
 
@@ -407,14 +408,11 @@ class SumBySlices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function, head, hidden, tensors, *parameters):
-        values, of_hidden, of_head, scale = [], [], None, None
+        values, of_hidden, of_head = [], [], None
         for part, *rest in slices(head, hidden.detach(), *tensors):
-            if scale is None:  # float16 cannot hold the sum; a power of 2 is exact elsewhere
-                scale = 2.0 ** -(len(part) // 1024).bit_length()
             with torch.enable_grad():
                 value = function(head(part.requires_grad_()), *rest)            # (n, k)
-                gradient, *more = torch.autograd.grad(value[:, 0].sum() * scale,
-                                                      (part, *parameters))
+                gradient, *more = torch.autograd.grad(value[:, 0].sum(), (part, *parameters))
             values.append(value.detach())
             of_hidden.append(gradient)
             if of_head is None:
@@ -426,13 +424,12 @@ class SumBySlices(torch.autograd.Function):
         values = torch.cat(values)                                  # (B L, k)
         ctx.mark_non_differentiable(values)
         ctx.save_for_backward(torch.cat(of_hidden), *of_head)
-        ctx.scale = scale
         return values[:, 0].sum(), values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
-        of_hidden, *of_head = (saved.mul_(gradient / ctx.scale) for saved in ctx.saved_tensors)
+        of_hidden, *of_head = (saved.mul_(gradient) for saved in ctx.saved_tensors)
         return None, None, of_hidden, None, *of_head
 
 

@@ -5,8 +5,9 @@
     torchrun --nproc_per_node=8 train.py config/owt.py         # the published recipe
 
 Ends with out_dir/flm.pt, which distill.py turns into a flow map and sample.py turns into text.
-Ctrl-C writes a checkpoint too; continue with --init_from=resume. --method trains a baseline instead
-(baselines/), on the same network and data, into a file of its own name.
+Ctrl-C writes a checkpoint too; --init_from=resume continues exactly. flm.prev.pt is the one before.
+Unattended: torchrun --max_restarts=3 .. train.py .. --init_from=auto. --method trains a baseline
+instead (baselines/), on the same network and data, into a file of its own name.
 
 Notable: the loss is cross-entropy at a random time, but no noise of vocabulary width is ever drawn
 (flow.py). The validation loss is also shown by time: a flow learns the easy times near 1 long
@@ -37,7 +38,7 @@ from model import FlowTransformer, ModelConfig
 # -- input and output
 out_dir = "out/stories"          # flm.pt and flm.jsonl (the log) go here
 dataset = "stories"              # a folder of data/ that its prepare.py has filled
-init_from = "scratch"            # or resume: continue out_dir/flm.pt exactly; auto: if there is one
+init_from = "scratch"            # resume: continue out_dir/flm.pt; auto: if there is one
 start_from = ""                  # a checkpoint whose weights a new run starts with; "" = random
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 keep_best = False                # also keep that of the lowest validation loss, as flm.best.pt
@@ -198,9 +199,9 @@ def learning_rate_at(step: int) -> float:
 # ------------------------------------------------------------------------------ resume, save
 
 step = ckpt.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0
-resumed_at = step if checkpoint else None                           # validated already
+saved_at = step if checkpoint else None                           # validated already
 del checkpoint, start                                               # their memory
-log = ckpt.Log(path, machine, resumed_at is not None, step, wandb_project, settings)
+log = ckpt.Log(path, machine, saved_at is not None, step, wandb_project, settings)
 
 
 def save(best: bool = False) -> None:
@@ -250,7 +251,7 @@ while True:
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["lr"] = lr * group.get("lr_scale", 1)
 
-    if (step % eval_interval == 0 or step == max_iters) and step != resumed_at:
+    if (step % eval_interval == 0 or step == max_iters) and step != saved_at:
         mean, bins = validate()
         ckpt.require_finite(mean, step)
         log.write(step, val_loss=mean, val_loss_by_tau=[None if math.isnan(x) else x for x in bins])
@@ -259,6 +260,7 @@ while True:
                   + " ".join(f"{x:.2f}" for x in bins).replace("nan", "-"), flush=True)
         if step > 0:
             save(best=keep_best and log.lowest("val_loss", mean))
+            saved_at = step
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):
         break
@@ -303,7 +305,7 @@ while True:
                   f"{progress.line(step)}", flush=True)
 
 stopped = step < max_iters
-if stopped:
+if stopped and step != saved_at:
     save()
 machine.total(torch.zeros(1))  # all wait for the file: torchrun would end them soon after the first
 if machine.main:

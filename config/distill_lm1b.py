@@ -11,6 +11,7 @@
 out_dir = "out/lm1b"
 dataset = "lm1b"
 eval_interval = 5000
+keep_best = True                 # fmlm.best.pt: the authors advise it for this set
 eval_iters = 64
 log_interval = 100
 

@@ -176,7 +176,10 @@ def read_documents(path: Path) -> "Dataset":
     # The library logs a bad file before it raises; `fail` says it once.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        documents = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        # Without a byte-order mark, which is no text. The JSON loader leaves it out by itself.
+        how = dict(encoding="utf-8-sig") if path.suffix == ".txt" else {}
+        documents = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path),
+                                          split="train", **how)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error.__cause__ or error})")
     return check_documents(documents, str(path))
@@ -341,8 +344,8 @@ def prepare_packed(doc: str, folder: Path, block_size: int, source: str,
                    ) -> None:
     """All of a packed set's script. block_size: the default. source: the hub's set and revision.
     from_hub(--val_docs) -> (train, val) is not called with --file. vocab_size: the default of byte
-    pairs learnt from the training documents; None for GPT-2's vocabulary. clean: makes of a text
-    what a BERT's word pieces are cut from, in sets that can have those (--vocabulary)."""
+    pairs learnt from the training documents; None for GPT-2's vocabulary. clean: applied to
+    a text before it is cut into BERT's word pieces; adds --vocabulary."""
     p = parser(doc, folder)
     p.add_argument("--file", type=Path, help="a local .parquet, .jsonl, .json or .txt instead")
     p.add_argument("--block_size", type=int, default=block_size, help="tokens in a row, L")

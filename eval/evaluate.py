@@ -22,8 +22,8 @@ diversity (metrics.py), and a sweep over temperatures is also interpolated to th
 held-out text, where it reaches that (`matched`). At a temperature every token is drawn, the last
 ones of a flow too; `argmax`, the flow's own way, takes the likeliest.
 
-`distance` is one number for both, how far the law of the texts is from that of held-out text
-(metrics.py). It is taken to other held-out text than the first row's, which so has one too.
+`distance` is one number for both, how far the distribution of the texts is from that of held-out
+text (metrics.py). It compares with other held-out text, so the first row has a distance, too.
 --naive adds rows of texts that anyone can make: they show what fools which measure (naive.py).
 
 --protocol=paper scores, and samples with gamma, as the authors do (scorers.py). Only such numbers
@@ -97,6 +97,8 @@ require_in(settings, "[0, 1]", "gamma")
 ours = protocol == "ours"
 if num_samples == -1:
     settings["num_samples"] = num_samples = 1000 if ours else 1024
+if naive and not num_samples:
+    fail("naive rows are texts; set num_samples above 1")
 if num_samples == 1:
     fail("num_samples=1: one text cannot be compared with others; ask for more, or for 0 = none")
 wanted = parse_numbers("steps", steps, int, "1,2,4,8")
@@ -368,7 +370,7 @@ if len(score_of) < len(judges):
     fail(f"scorer={scorer}: two of them have the same name")
 
 rows = [judge("held-out text", held_out_tokens)[0]] if num_samples else []
-for name, tokens in naive_texts(raw, num_samples, L, seed, eos).items() if naive and rows else ():
+for name, tokens in naive_texts(raw, num_samples, L, seed, eos).items() if naive else ():
     rows.append(judge(f"naive: {name}", tokens)[0])
 likelihoods, matched = {}, {}
 for name in sources:

@@ -11,12 +11,13 @@ what exceeds its context. An end-of-text token inside a text is scored like any 
 **As in the papers**, --protocol=paper, for the published numbers. The rules are those of MDLM's and
 Duo's code, which the authors use:
 
-- the scorer reads the decoded text, special tokens included, in its own tokens, at most L;
+- the scorer computes in float32, and reads the decoded text, special tokens included, in its own
+  tokens, at most L;
 - nothing stands in front, so the first token is not scored;
 - end-of-text tokens after the first of a row do not count, ordinary tokens after it do. Rows are
   padded with ends of text to the longest. So where a text has none, the first padding counts as it;
 - texts that do not fill the last batch of 8 are dropped: none of the usual 1,024;
-- a model of ours is refused, since it always has its own beginning in front;
+- a model of ours is refused, since it always reads a start of text first;
 - the entropy (metrics.sample_entropies) is of a row's L tokens, special ones and padding included;
 - gamma sampling is the authors', rescale=False in flow.decode.
 
@@ -71,6 +72,8 @@ def load(name: str, data: Data, machine: Machine, protocol: str = "ours") -> Cal
     network = network.to(machine.device).eval()
     if protocol == "ours":
         return functools.partial(score_foreign, tokenizer, network, machine)
+    if tokenizer.eos_token_id is None:
+        fail(f"protocol=paper: {name} has no end of text")
     if (reads := context_of(network)) < data.L:
         fail(f"protocol=paper: {name} reads {reads} tokens, the texts have {data.L}")
     return functools.partial(score_as_published, tokenizer, network, machine)
@@ -82,11 +85,11 @@ def context_of(network) -> int:
 
 @torch.no_grad()
 def score_ours(network, machine: Machine, tokens: np.ndarray, texts: list[str]):
-    losses = []
+    losses, last = [], network.config.vocab_size - 1    # past it: a released network's padding
     for part in torch.from_numpy(tokens).split(max(1, TOKENS // tokens.shape[1])):
         tau = torch.ones(len(part), device=machine.device)
         with machine.autocast():
-            losses.append(ar.loss(network, None, machine.put(part.clamp_min(0)), tau, None)[1])
+            losses.append(ar.loss(network, None, machine.put(part.clamp(0, last)), tau, None)[1])
     losses, read = torch.cat(losses).cpu().double().numpy(), tokens >= 0
     return (losses * read).sum(1), read.sum(1)
 
@@ -122,8 +125,7 @@ def score_as_published(tokenizer, network, machine: Machine, tokens: np.ndarray,
     counted = (x != eos) | ((x == eos).cumsum(1) == 1)
     for first in range(0, len(x) - size + 1, size):
         batch, mask = (whole[first:first + size].to(machine.device) for whole in (x, real))
-        with machine.autocast():
-            logits = network(batch, attention_mask=mask).logits[:, :-1].float()
+        logits = network(batch, attention_mask=mask).logits[:, :-1]
         losses.append(F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").cpu())
     losses = torch.cat(losses)                                      # (whole batches, longest - 1)
     counted = counted[:len(losses), 1:]

@@ -69,16 +69,18 @@ def save_checkpoint(path: Path, checkpoint: dict, best: bool = False) -> None:
     if not all(p.isfinite().all() for p in checkpoint["model"].values()):
         fail(f"the weights diverged before step {checkpoint['step']}; {path} is left as it was; "
              f"try a lower learning_rate")
-    part = path.with_suffix(".part")
+    whole = path.resolve()  # where a link leads: the others belong on that disk, too
+    part = whole.with_suffix(".part")
     try:
+        part.unlink(missing_ok=True)  # of a run that was killed
         if path.exists():
             link(path, part)
         replace_file(path, lambda file: torch.save(checkpoint, file))
         if part.exists():
-            os.replace(part, path.with_suffix(".prev.pt"))
+            os.replace(part, whole.with_suffix(".prev.pt"))
         if best:
             link(path, part)
-            os.replace(part, path.with_suffix(".best.pt"))
+            os.replace(part, whole.with_suffix(".best.pt"))
     except OSError as error:
         fail(f"cannot keep a copy of {path} ({error.strerror}); {path} itself is whole")
     finally:
@@ -105,8 +107,8 @@ def require_progress(skipped: int, step: int) -> None:
     """Exits when float16 overflowed in 20 steps in a row. A few are normal: the loss scale is found
     by trial, and halved each time."""
     if skipped == 20:
-        fail(f"float16 overflowed in the 20 steps before {step}, which were skipped; the last "
-             f"checkpoint is untouched; use --dtype=bfloat16 or float32, or a smaller batch_size")
+        fail(f"float16 overflowed in 20 steps in a row, the last of them {step}; the last "
+             f"checkpoint is untouched; use --dtype=bfloat16 or float32, or a lower learning_rate")
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
@@ -154,7 +156,9 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False, n_hea
              f"if you trust its origin, add --trust_checkpoint (sample.py, distill.py, "
              f"eval/evaluate.py)")
     except zipfile.BadZipFile as error:
-        fail(f"{path} is damaged, or no checkpoint at all ({error})")
+        prev = Path(path).with_suffix(".prev.pt")
+        fail(f"{path} is damaged, or no checkpoint at all ({error})"
+             + f"; {prev} is the one before it" * prev.exists())
     except Exception as error:  # a foreign file can raise anything
         fail(f"{path} is no checkpoint of train.py or distill.py, nor one the authors released "
              f"({type(error).__name__}: {error})")
@@ -294,13 +298,17 @@ def load_resumable(path: Path, kind: str, init_from: str, settings: dict, fixed:
     there is one. Exits when it was made with other values of the `fixed` settings; says so where
     others differ."""
     require_choice("init_from", init_from, ("scratch", "resume", "auto"))
-    if init_from == "scratch" or init_from == "auto" and not path.exists():
+    found = machine.total(torch.tensor(float(path.exists()))) if init_from == "auto" else None
+    if found and found != machine.world:
+        fail(f"init_from=auto: some processes see {path}, others do not; put out_dir on a disk "
+             f"that all nodes share")
+    if init_from == "scratch" or found == 0:
         return None
     checkpoint = load_checkpoint(path, kind)
     if "model" not in checkpoint:
         fail(f"{path} holds averaged weights only; it can be sampled and distilled, not resumed")
     changed = {key: value for key, value in checkpoint["settings"].items()
-               if settings.get(key) != value and key not in (*PLACES, "init_from")}
+               if settings.get(key) != value and key not in (*PLACES, "init_from", "start_from")}
     for key in fixed:
         if key in changed:
             fail(f"{path} was made with {key}={changed[key]}, not {settings[key]}; resume with "

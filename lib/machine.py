@@ -45,7 +45,8 @@ class Machine:
                 # The others wait while one writes a checkpoint, which may take long. That a process
                 # has ended they notice at once.
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-                # torchrun keeps the store when it restarts processes, with their old addresses.
+                # After a restart torchrun's store still holds the old processes' addresses. (With
+                # --rdzv_backend=c10d agents may count restarts differently; the recipes do not.)
                 attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
                 dist.init_process_group(backend, timeout=timedelta(hours=2), store=attempt,
                                         rank=self.rank, world_size=self.world)

@@ -14,6 +14,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from data.loader import WordPieces
 from data.tokenizer import CHARACTER, WHOLE_WORD, unknown_to
 from lib.settings import fail
 
@@ -47,6 +48,8 @@ def read_patterns(prompt: str, fill: str) -> list[str]:
 def encode(enc: tiktoken.Encoding, pattern: str, blanks: bool, L: int) -> list[int]:
     """A prompt or a text with blanks as L tokens, -1 where unknown. Exits when there is no room for
     it, or for an unknown token after a prompt, and when the vocabulary lacks a word of it."""
+    if isinstance(enc, WordPieces):
+        fail("prompt and fill do not know word pieces; train on another vocabulary")
     characters, name = enc._pat_str == CHARACTER, "fill" if blanks else "prompt"
     of_lines = not characters and b"\n" not in enc.token_byte_values()      # see data/lines.py
     text = " ".join(pattern.split()) if of_lines else pattern

@@ -7,10 +7,10 @@ are left out. `ema.shadow_params` is the moving average, a list in the same orde
 evaluate and which is read here. A .safetensors file, their export to the Hugging Face hub
 (hf:owner/name), holds one set of weights, under names with or without `backbone.`.
 
-The shapes tell all about the network but three things. The soft caps are those that all of theirs
-have. The number of heads follows from the rotary buffer, else from a config.json beside the file,
-else from --n_head. The length is the one of config.json, else the published one, else
---block_size. There is no vocabulary.
+Three facts are not in the shapes. All of their networks have the same soft caps. The number of
+heads follows from the rotary buffer, else from a config.json beside the file, else from --n_head.
+The length is the one of config.json, else the published one, else --block_size. There is no
+vocabulary.
 """
 
 import collections
@@ -63,8 +63,8 @@ def translate(file: dict, path: str, n_head: int = 0) -> dict:
     """A released file, read from `path`, as a checkpoint of train.py or distill.py, without what
     only resuming needs. `tokenizer` and `vocabulary` are None; block_size is 0 where nothing tells
     it. Names other modules that it leaves out in one line. Raises ValueError when the file does not
-    hold the authors' network and its moving average, KeyError when it does not come near; exits
-    when nothing tells the heads."""
+    hold the authors' network and its moving average, KeyError when an entry is missing;
+    exits when nothing tells the heads."""
     theirs = {name.replace("_orig_mod.", ""): tensor for name, tensor in file["state_dict"].items()}
     backbone = {name: tensor for name, tensor in theirs.items()
                 if name.startswith("backbone.")} or theirs
@@ -74,7 +74,7 @@ def translate(file: dict, path: str, n_head: int = 0) -> dict:
         raise ValueError("it has no vocab_embed.embedding")
     if not file.get("ema"):
         raise ValueError("it has no moving average")
-    ema = average_of(file["ema"]["shadow_params"], (network, backbone, theirs))
+    ema = average_of(file["ema"]["shadow_params"], (theirs, backbone, network))
     V, d = ema["embed.weight"].shape
     blocks = {name.split(".")[1] for name in ema if name.startswith("blocks.")}
     heads, length = told_beside(path)
@@ -104,10 +104,9 @@ def translate(file: dict, path: str, n_head: int = 0) -> dict:
 
 
 def average_of(average: list, modules: tuple[dict, ...]) -> dict:
-    """The network's part of the moving average, in float32, under our names. It is made from the
-    network's parameters, from those of the backbone, which may have more modules, or from all. So
-    the first of these whose shapes stand side by side in the average, at one place, tells which
-    tensor is which."""
+    """The network's part of the moving average, in float32, under our names. The average covers all
+    modules of the file, the backbone with its others, or the network alone. The first of these
+    whose shapes stand side by side in it, at one place, tells which tensor is which."""
     if not all(tensor.is_floating_point() for tensor in average):
         raise ValueError("its moving average does not hold floating-point numbers")
     found = [tensor.shape for tensor in average]
@@ -129,14 +128,15 @@ def told_beside(path: str) -> tuple[int, int]:
     if not config.is_file():
         return 0, 0
     try:
-        parts = [json.loads(config.read_text(encoding="utf-8"))]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the config.json beside it is damaged: {error}") from None
+        parts = [dict(json.loads(config.read_text(encoding="utf-8")))]
+    except (OSError, TypeError, ValueError):  # damaged, so it tells nothing
+        return 0, 0
     for part in parts:  # it grows
         parts += [value for value in part.values() if isinstance(value, dict)]
     return tuple(next((part[key] for part in parts for key in keys
                        if type(part.get(key)) is int and part[key] > 0), 0)
-                 for keys in (("n_heads", "n_head"), ("length", "model_length")))
+                 for keys in (("n_heads", "n_head", "num_heads", "num_attention_heads"),
+                              ("length", "model_length", "block_size", "max_position_embeddings")))
 
 
 def read_export(path: str) -> dict:
@@ -146,7 +146,8 @@ def read_export(path: str) -> dict:
         from safetensors.torch import load_file
     except ImportError:
         fail(f"{path} needs the package safetensors; run: pip install safetensors")
-    weights = load_file(path)
+    weights = {name: tensor for name, tensor in load_file(path).items()
+               if tensor.is_floating_point()}
     average = [tensor for name, tensor in weights.items() if not name.endswith("inv_freq")]
     return {"state_dict": weights, "ema": {"shadow_params": average}}
 
@@ -160,10 +161,10 @@ def fetch(name: str) -> str:
         fail(f"{name} needs the package huggingface_hub; run: pip install huggingface_hub")
     try:
         folder = snapshot_download(name.removeprefix("hf:"),
-                                   allow_patterns=["*.safetensors", "config.json"])
+                                   allow_patterns=["*.safetensors", "*config.json"])
     except Exception as error:  # the package raises many kinds
-        fail(f"cannot fetch {name} from the Hugging Face hub ({type(error).__name__}); without a "
-             f"network, give the path of a copy, with its config.json beside it")
+        fail(f"cannot fetch {name} from the Hugging Face hub ({type(error).__name__}); check the "
+             f"name, or give the path of a copy, with its config.json beside it")
     files = list(Path(folder).rglob("*.safetensors"))
     if len(files) != 1:
         fail(f"{name} has {len(files)} .safetensors files, not one; download what you want and "

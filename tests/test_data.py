@@ -346,6 +346,13 @@ def test_packed_pipeline(tmp_path, name):
         assert rows[:, 1:-1].reshape(-1).tolist() == stream[: len(stream) // 2 * 2]
 
 
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path):
+    path = write_documents(tmp_path, name, ["the cat", "sat"])
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
+    assert corpus.read_documents(path)["text"][:] == ["the cat", "sat"]
+
+
 def test_hold_out_takes_the_last(tmp_path):
     path = write_documents(tmp_path, "d.txt", [str(i) for i in range(50)])
     documents = corpus.read_documents(path)

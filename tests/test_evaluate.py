@@ -271,6 +271,15 @@ def test_the_papers_protocol_samples_the_authors_way(trained, tmp_path, monkeypa
 # ------------------------------------------------------------------------------ naive texts
 
 
+def test_our_scorer_reads_padding_as_the_last_token(trained):
+    """A released network may have one token more than the scorer."""
+    net = ckpt.build_model(ckpt.load_checkpoint(trained[0] / "ar.pt"), torch.device("cpu"))
+    V, machine = net.config.vocab_size, Machine("cpu", "float32")
+    (padded, plain), counts = scorers.score_ours(net, machine, np.array([
+        [1, V, 2, -1], [1, V - 1, 2, -1]]), ["", ""])
+    assert padded == plain and counts.tolist() == [3, 3]
+
+
 def test_naive_rows_have_the_measures_of_a_model(trained, tmp_path, monkeypatch):
     """On the toy, whose held-out text is in its training text. No model need be there."""
     said, record = judged(trained, tmp_path, names(trained[0], "flm"), "--naive")

@@ -160,6 +160,18 @@ def test_all_stay_until_the_last_checkpoint_is_written(toy, interrupted, tmp_pat
     statuses, *_ = running.end()
     assert statuses == [130 if interrupted else 0] * 2
 
+def test_processes_that_do_not_all_see_a_checkpoint_do_not_start(toy, tmp_path):
+    """Two nodes without a disk in common: one would go on, the other start anew."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "flm.pt").write_bytes((toy[0] / "out" / "flm.pt").read_bytes())
+    config = tmp_path / "config.py"
+    config.write_text(f"import os as _os\nout_dir = '{tmp_path}/' + _os.environ['RANK']\n")
+    said = quick_run("train.py", config, toy[1][0], *QUICK, *TINY, "--init_from=auto",
+                     "--gradient_accumulation_steps=2", processes=2, status=1)
+    for rank in range(2):
+        assert (f"error: init_from=auto: some processes see {tmp_path}/{rank}/flm.pt, others do "
+                f"not; put out_dir on a disk that all nodes share") in said
+
 # ---------------------------------------------------------------- what each is given
 
 def test_micro_steps_must_go_round(toy):

@@ -16,6 +16,7 @@ from programs import inside, log, mistake, write_told
 
 from data import tokenizer
 from data.lines import line_rows
+from data.loader import WordPieces
 from lib.prompt import encode, read_patterns
 
 LINES = " Tom had a big cup. He took it. Now Ann has the red cup, and Tom's dog has it too."
@@ -71,6 +72,11 @@ def test_words_that_are_unknown_and_rows_that_are_full(enc, fill, said):
         encode(LETTERS, "a" * 40, False, L)
     with pytest.raises(SystemExit, match=r"lacks .*; for blanks use --fill$"):
         encode(WORDS, "Tom {2}", False, L)
+
+
+def test_word_pieces_are_refused():
+    with pytest.raises(SystemExit, match="prompt and fill do not know word pieces"):
+        encode(WordPieces("bert", ["[CLS]", "cat", "##s"]), "cats", False, L)
 
 
 def test_patterns_of_a_file(tmp_path):

@@ -117,6 +117,17 @@ def test_torchrun_restarts_a_killed_worker_and_stops_all(toy, undisturbed, tmp_p
     assert_same_run(disturbed.to_the_end("--init_from=resume"), undisturbed("train.py", 2))
 
 
+def test_stopping_where_it_just_saved_writes_nothing(toy, tmp_path, monkeypatch):
+    """So flm.prev.pt stays the checkpoint before."""
+    words = ["train.py", *toy[1], *TINY, f"--out_dir={tmp_path}"]
+    monkeypatch.setattr(Progress, "should_stop", lambda self, machine: (
+        tmp_path / "flm.prev.pt").exists())
+    for resume in ([], ["--init_from=resume"]):
+        with pytest.raises(SystemExit):
+            inside(monkeypatch, *words, *resume, "--max_iters=9", "--eval_interval=3")
+        assert [torch.load(tmp_path / name)["step"] for name in ("flm.prev.pt", "flm.pt")] == [3, 6]
+
+
 def test_two_ctrl_c_end_at_once():
     """The first lets the step finish; a person who insists does not wait for it."""
     progress = Progress(0, 10, 10)
@@ -289,6 +300,18 @@ def test_keeps_the_checkpoint_before_and_the_best(toy, tmp_path, monkeypatch):
         "flm.old1.pt", "flm.pt"]
 
 
+def test_what_a_kill_left_is_no_checkpoint_before(tmp_path):
+    """Nor is a copy beside a link, which may lead to a larger disk."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "flm.pt").symlink_to(tmp_path / "elsewhere" / "big.pt")
+    (tmp_path / "elsewhere" / "big.part").write_bytes(b"of another run")
+    for step in range(2):
+        ckpt.save_checkpoint(tmp_path / "flm.pt", dict(model={}, step=step))
+    assert sorted(path.name for path in tmp_path.rglob("*.p*")) == [
+        "big.prev.pt", "big.pt", "flm.pt"]
+    assert torch.load(tmp_path / "elsewhere" / "big.prev.pt")["step"] == 0
+
+
 def test_a_file_system_without_links(tmp_path, monkeypatch):
     path = tmp_path / "flm.pt"
     path.write_bytes(b"one")
@@ -304,6 +327,6 @@ def test_float16_that_always_overflows_stops(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     said = mistake(monkeypatch, "train.py", *toy[1], *TINY, f"--out_dir={tmp_path}",
                    "--dtype=float16", "--max_iters=30")
-    assert said == ("error: float16 overflowed in the 20 steps before 19, which were skipped; the "
-                    "last checkpoint is untouched; use --dtype=bfloat16 or float32, or a smaller "
-                    "batch_size")
+    assert said == ("error: float16 overflowed in 20 steps in a row, the last of them 19; the last "
+                    "checkpoint is untouched; use --dtype=bfloat16 or float32, or a lower "
+                    "learning_rate")

@@ -39,8 +39,9 @@ SPACED = (
 
 
 def detokenized(text: str) -> str:
-    """`He said : " I 'm in . "` -> `He said: "I'm in."`. BERT cuts at every sign anyway. So of its
-    tokens this changes only those after a pound sign, which to BERT is none."""
+    """`He said : " I 'm in . "` -> `He said: "I'm in."`. BERT cuts at every sign anyway, so
+    of its tokens this changes only those after a pound sign, which to BERT is none. Where its
+    tokens stay the same, this may differ from what the authors' code writes."""
     for spaced, written in SPACED:
         text = re.sub(spaced, written, text)
     return text
