@@ -39,7 +39,7 @@ from model import FlowTransformer, ModelConfig
 out_dir = "out/stories"          # flm.pt and flm.jsonl (the log) go here
 dataset = "stories"              # a folder of data/ that its prepare.py has filled
 init_from = "scratch"            # resume: continue out_dir/flm.pt; auto: if there is one
-start_from = ""                  # a checkpoint whose weights a new run starts with; "" = random
+start_from = ""                  # a checkpoint whose averages a new run starts with; "" = none
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 keep_best = False                # also keep that of the lowest validation loss, as flm.best.pt
 eval_iters = 8                   # validation batches
@@ -133,7 +133,7 @@ path = Path(out_dir) / f"{method}.pt"
 model_args = {field.name: settings[field.name] for field in fields(ModelConfig)
               if field.name in settings} | dict(context=context_share > 0)
 fixed = (*model_args, "clock_embedding_share", "replaced_share", "context_share", "embed_lr_scale",
-         *ckpt.FIXED)
+         *ckpt.FIXED)                                               # in a resumed run
 checkpoint = start = ckpt.load_resumable(path, method, init_from, settings, fixed, machine)
 if start_from and not checkpoint:
     start = ckpt.load_start(start_from, method, model_args, clock_embedding_share)
@@ -143,7 +143,7 @@ if start:
     model = ckpt.build_model(start, machine.device, "model" if checkpoint else "ema",
                              context=context_share > 0)
 else:
-    vocab_size = data.meta["vocab_size"] + getattr(method_module, "MORE_TOKENS", 0)
+    vocab_size = data.meta["vocab_size"] + getattr(method_module, "MORE_TOKENS", 0) # mdlm's mask
     try:
         model = FlowTransformer(ModelConfig(vocab_size, **model_args)).to(machine.device)
     except ValueError as error:
