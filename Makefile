@@ -2,7 +2,7 @@
 # make walkthrough  the whole method in one file of 200 lines, 3.5 minutes on two cores
 # make test         ruff and the tests
 # make evidence     every model and baseline, measured: hours; stop and repeat it as you like
-# make figures      the pictures of the README, from out/palindromes
+# make figures      the pictures of the README, from out/palindromes and weights/stories
 # make gpu          what one GPU does: tests, benchmark, profile; five minutes
 # All install into .venv first, once. ARGS adds settings: make demo ARGS=--max_iters=30
 
@@ -51,6 +51,7 @@ evidence: $(VENV)/dev
 
 figures: $(VENV)/dev
 	$(RUN) docs/figures.py $(ARGS)
+	$(RUN) docs/story.py
 
 gpu: $(VENV)/dev
 	PYTHON=$(RUN) bash eval/gpu.sh
