@@ -44,7 +44,7 @@ class Watch:
     def draw(self, label: str, tokens: Tensor, sure: Tensor, known: Tensor) -> None:
         """A frame of tokens (L,), how sure, and which are told; without a terminal a line."""
         self.last, self.frames = (tokens, sure, known), self.frames + 1
-        told = max((i + 1 for i, one in enumerate(known.tolist()) if one), default=0)
+        told = max((i + 1 for i, token in enumerate(self.given.tolist()) if token >= 0), default=0)
         pieces, lines, used = spell(self.decoder, tokens.tolist(), told), [
             f"{self.name}, {label}", ""], 0
         text = f"{lines[0]}:  {' '.join(''.join(pieces).split())}\n"
