@@ -4,7 +4,6 @@
 
 clock.png      the chance that argmax x_t is the right token, on t and on the clock
 emerging.png   one palindrome from noise: eight steps of the flow above, one jump of its map below
-emerging.gif   the same as a race
 """
 
 import sys
@@ -26,9 +25,8 @@ settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
 try:
     import matplotlib
-    from PIL import Image
 except ImportError:
-    fail("the figures need matplotlib and pillow; run: pip install matplotlib pillow")
+    fail("the figures need matplotlib; run: pip install matplotlib")
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -119,22 +117,4 @@ figure.text(0.9625, 0.43, "the same text ↕", size=16, ha="right")
 figure.text(0.1445, 0.085, "Columns: the eight positions. Rows: the letters a to z,\n"
             "the darker, the likelier. Below: the likeliest letters.")
 ckpt.replace_file(Path(to) / "emerging.png", figure.savefig)
-
-frames = []                                                         # of the race
-for n in range(STEPS + 1):
-    figure, panels = plt.subplots(1, 2, figsize=(8, 5), gridspec_kw=dict(
-        left=0.04, right=0.98, bottom=0.08, top=0.73, wspace=0.12))
-    figure.suptitle(title, size=18, weight=700)
-    for panel, name, hue, arrays, time in (
-            (panels[0], "The flow", FLOW, [noise, *guesses], labels[n]),
-            (panels[1], "The flow map", MAP, [noise, jump], labels[-1])):
-        total, done = len(arrays) - 1, min(n, len(arrays) - 1)
-        draw(panel, arrays[done], hue if n else INK, 1.06, 20, hue if done == total else PALE)
-        panel.set_title(name, size=16, weight=700, color=hue, pad=33)
-        panel.set_xlabel(f"network evaluation {done} of {total}, {time}" if n else labels[0])
-    figure.canvas.draw()
-    frames.append(Image.frombuffer("RGBA", (800, 500), figure.canvas.buffer_rgba()).convert("RGB"))
-ckpt.replace_file(Path(to) / "emerging.gif", lambda file: frames[0].save(
-    file, format="gif", save_all=True, append_images=frames[1:], loop=0,
-    duration=[1200] + [600] * (STEPS - 1) + [2000]))                # milliseconds
-print(f"wrote 3 pictures to {to}; both networks agree on {good.sum()} of {len(good)} texts")
+print(f"wrote 2 pictures to {to}; both networks agree on {good.sum()} of {len(good)} texts")

@@ -270,9 +270,9 @@ SAMPLERS = {"one step": (True, 1, 0.0), "four steps": (True, 4, 0.0),
 
 
 def generate(model, steps, gamma, samples):
-    """Tokens of these of 24 texts, each with the noise it always has."""
+    """Tokens of these of 9 texts, each with the noise it always has."""
     E, rng = model.embed.weight.detach(), generator(1)
-    noise = lambda: latent_noise(E, (24, 32), rng)[samples]
+    noise = lambda: latent_noise(E, (9, 32), rng)[samples]
     sample = flowmap.sample if model.config.flow_map else flow.sample
     return sample(model, clock_of(1024), noise(), steps, gamma, noise)
 
@@ -281,10 +281,10 @@ def generate(model, steps, gamma, samples):
 def test_text_does_not_depend_on_the_batch_size(flow_map, steps, gamma):
     """In float64, where sums in another order, as other shapes can cause, decide no argmax."""
     model = network(1024, 32, flow_map=flow_map).double()
-    whole = generate(model, steps, gamma, slice(24))
+    whole = generate(model, steps, gamma, slice(9))
     assert whole.unique().numel() > 50
-    for size in (1, 3, 8):
-        parts = [generate(model, steps, gamma, slice(i, i + size)) for i in range(0, 24, size)]
+    for size in (1, 4):
+        parts = [generate(model, steps, gamma, slice(i, i + size)) for i in range(0, 9, size)]
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -295,7 +295,7 @@ def test_text_depends_on_its_own_noise_alone(flow_map, steps, gamma, dtype):
     model = network(1024, 32, flow_map=flow_map)
     with autocast(dtype):
         first, second = (generate(model, steps, gamma, samples)
-                         for samples in ([0, 1, 2, 3, 4], [7, 1, 9, 3, 8]))
+                         for samples in ([0, 1, 2, 3, 4], [7, 1, 6, 3, 8]))
     assert torch.equal(first[[1, 3]], second[[1, 3]]) and not torch.equal(first[0], second[0])
 
 
