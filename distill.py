@@ -220,11 +220,11 @@ log = ckpt.Log(path, machine, saved_at is not None, step, wandb_project, setting
 def save(best: bool = False) -> None:
     if machine.main:
         ckpt.save_checkpoint(path, best=best, checkpoint=dict(
-            format="flm-1", kind="fmlm", model_config=asdict(student.config),
-            model=student.state_dict(), ema=ema.state_dict(),
+            format="flm-1", kind="fmlm", model_config=asdict(student.config), step=step,
+            model=student.state_dict(), ema=ema.state_dict(), settings=settings,
             optimizers=[opt.state_dict() for opt in optimizers],
             scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
-            settings=settings, step=step, train_tokens=len(data.tokens), tokenizer=data.tokenizer,
+            train_tokens=len(data.tokens), tokenizer=data.tokenizer, layout=data.layout,
             vocabulary=data.meta["tokenizer"], checker=data.meta.get("checker")))
 
 

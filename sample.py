@@ -121,7 +121,7 @@ factor = flow.noise_factor(E)
 # A network call makes GROUP texts, always, and each group has its own generator. So a text is the
 # same however many are asked for, also in bfloat16, where other shapes round differently.
 GROUP = 8
-given = [encode(encoding, pattern, bool(fill), L) for pattern in patterns] or [[-1] * L]
+given = [encode(encoding, pattern, bool(fill), L, checkpoint) for pattern in patterns] or [[-1] * L]
 told = [max((i + 1 for i, token in enumerate(row) if token >= 0), default=0) for row in given]
 given = torch.tensor(given, device=machine.device)                  # (n, L), -1 where unknown
 

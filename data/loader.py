@@ -77,6 +77,14 @@ class Data:
         except (KeyError, OSError, TypeError, ValueError):
             return 0  # the constructor says what is wrong
 
+    @property
+    def layout(self) -> str:
+        """"stream": cut anywhere; "packed": documents one after another, an end of text in front of
+        each row; "lines": a text a row."""
+        end = self.tokenizer["special_tokens"].get("<|endoftext|>")
+        in_rows = "packed" if end is not None and self.tokens[0] == end else "lines"
+        return in_rows if self.meta["row_length"] else "stream"
+
     def rows(self, first: int, count: int) -> np.ndarray:
         """Samples first .. first + count - 1 as (count, L) int64 token ids."""
         return np.stack([self.row(n) for n in range(first, first + count)])

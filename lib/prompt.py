@@ -45,13 +45,19 @@ def read_patterns(prompt: str, fill: str) -> list[str]:
     return [prompt] if prompt else patterns
 
 
-def encode(enc: tiktoken.Encoding, pattern: str, blanks: bool, L: int) -> list[int]:
-    """A prompt or a text with blanks as L tokens, -1 where unknown. Exits when there is no room for
-    it, or for an unknown token after a prompt, and when the vocabulary lacks a word of it."""
+def encode(enc: tiktoken.Encoding, pattern: str, blanks: bool, L: int,
+           checkpoint: dict | None = None) -> list[int]:
+    """A prompt or a text with blanks as L tokens, -1 where unknown, laid out as the rows that the
+    network of the checkpoint was trained on. Exits when there is no room for it, or for an unknown
+    token after a prompt, and when the vocabulary lacks a word of it."""
     if isinstance(enc, WordPieces):
         fail("prompt and fill do not know word pieces; train on another vocabulary")
     characters, name = enc._pat_str == CHARACTER, "fill" if blanks else "prompt"
-    of_lines = not characters and b"\n" not in enc.token_byte_values()      # see data/lines.py
+    layout = (checkpoint or {}).get("layout")
+    if not layout:  # an older checkpoint: see data/lines.py and data/corpus.py
+        rest = "packed" if enc._special_tokens else "stream"
+        layout = rest if b"\n" in enc.token_byte_values() else "lines"
+    of_lines, packed = (not characters and layout == name for name in ("lines", "packed"))
     text = " ".join(pattern.split()) if of_lines else pattern
     text = " " + text if of_lines or enc._pat_str == WHOLE_WORD else text
     texts, numbers = [text], []
@@ -60,7 +66,6 @@ def encode(enc: tiktoken.Encoding, pattern: str, blanks: bool, L: int) -> list[i
     if not characters:
         texts[:-1] = [text.removesuffix(" ") for text in texts[:-1]]
     require_spelled(enc, texts, f"{name}={pattern[:200]}")
-    packed = not characters and not of_lines and enc._special_tokens
     row = [enc.eot_token] if packed else []                         # as corpus.pack begins a row
     for text, number in itertools.zip_longest(texts, numbers, fillvalue="0"):
         row += enc.encode_ordinary(text) + [-1] * min(int(number[:9] or 1), L + 1)

@@ -353,6 +353,15 @@ def test_a_byte_order_mark_is_no_text(name, tmp_path):
     assert corpus.read_documents(path)["text"][:] == ["the cat", "sat"]
 
 
+@pytest.mark.parametrize("row_length, first, layout", [
+    (None, 0, "stream"), (4, 0, "lines"), (4, 2, "packed")])
+def test_the_layout_of_a_set(row_length, first, layout, tmp_path):
+    enc = tokenizer.char_encoding("ab", "letters", ("<|endoftext|>",))
+    ids = np.array([[first, 0, 1, 2]] * 4, np.int64)
+    corpus.write_bins(tmp_path, enc, [ids], [ids], row_length)
+    assert loader.Data(str(tmp_path), "train", 4, 1).layout == layout
+
+
 def test_hold_out_takes_the_last(tmp_path):
     path = write_documents(tmp_path, "d.txt", [str(i) for i in range(50)])
     documents = corpus.read_documents(path)

@@ -50,6 +50,10 @@ def test_prompts_as_their_set_has_texts():
     for enc, first in ((PAIR_STREAM, []), (PACKED, [PACKED.eot_token]), (LETTERS, [])):
         row = [*first, *enc.encode_ordinary(text), -1]
         assert encode(enc, text, False, L)[:len(row)] == row
+    for layout, first in (("packed", [PAIRS.eot_token]), ("stream", [])):       # a checkpoint's
+        row = [*first, *PAIRS.encode_ordinary(text), -1]
+        assert encode(PAIRS, text, False, L, dict(layout=layout))[:len(row)] == row
+    assert encode(PACKED, text, False, L, dict(layout="lines"))[:1] == PACKED.encode(" Tom")[:1]
     row = encode(PAIRS, "Tom {2}s {1} dog.", True, L)
     assert PAIRS.decode([i for i in row if i >= 0]) == " Toms dog."
 
