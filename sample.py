@@ -50,8 +50,8 @@ fill = ""                        # or a text with blanks, {} = one token, {3} = 
 refine = 0                       # rounds of posterior refinement with a flow map; 0 = off
 order = "confidence"             # in which refine keeps tokens: the surest first; or random
 guidance = 1.0                   # autoguidance (eta), away from a weaker network; 1 = off
-weak = ""                        # its checkpoint, with the same E; "" = this network, with
-weak_dropout = 0.1               # dropout
+weak = ""                        # its checkpoint, with the same E; "" = this one with dropout
+weak_dropout = 0.1               # that dropout
 watch = False                    # show the first text of each run while it is made
 out = ""                         # also write a .jsonl, one object a line with the text
 device = "auto"                  # cuda, mps or cpu

@@ -60,6 +60,7 @@ in_class = lambda names: torch.tensor([
 NOUNS = "toy", "place", "room", "gift", "kin", "glue", "animal", "food"
 sentence = (y == words.index(".")).cumsum(1).roll(1, 1)             # (n, L), number of each token's
 sentence[:, 0] = 0
+end = data.tokenizer["special_tokens"]["<|endoftext|>"]
 place = torch.arange(y.size(1), device=y.device).expand_as(y)
 KNOWN = {                                                           # what is told, (n, L)
     "first sentence given": sentence == 0, "second sentence blank": sentence != 1,
@@ -106,7 +107,10 @@ for path in source.split(","):
                                                                     device=machine.device)
                     with machine.autocast():
                         made += sample(y[part], known[part], n, rng).tolist()
-                right = torch.tensor([not check(text_of(encoding, row).strip()) for row in made])
+                # Up to the last word that was told, whatever the model put before it.
+                told = ((known & (y != end)) * (place + 1)).amax(1).tolist()
+                right = torch.tensor([not check(text_of(encoding, row, last).strip())
+                                      for row, last in zip(made, told)])
                 low, high = wilson(right.numpy())
                 rows.append(dict(model=name, path=path, blank=blank, steps=n,
                                  valid=right.float().mean().item(), low=low, high=high))

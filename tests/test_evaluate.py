@@ -511,9 +511,9 @@ def test_blanks_of_stories(tmp_path, monkeypatch, capsys):
         quick_run("train.py", f"--method={method}", *tiny, *TINY[:4], "--block_size=64",
                   f"--context_share={0.5 * (method == 'flm')}")
     quick_run("distill.py", *tiny, "--context_share=0.5")
-    written, text_of = [], loader.text_of
-    monkeypatch.setattr(loader, "text_of", lambda encoding, row: (
-        written.append(row), text_of(encoding, row))[1])
+    written, ends, text_of = [], [], loader.text_of
+    monkeypatch.setattr(loader, "text_of", lambda encoding, row, told: (
+        written.append(row), ends.append(told), text_of(encoding, row, told))[2])
     told = inside(monkeypatch, "eval/blanks.py", f"--source={out}/fmlm.pt,{out}/mdlm.pt",
                   f"--dataset={data}", "--num_samples=4", "--batch_size=3", "--steps=1,2", *CPU,
                   f"--out={tmp_path / 'rows.json'}")
@@ -526,6 +526,7 @@ def test_blanks_of_stories(tmp_path, monkeypatch, capsys):
         assert torch.equal(torch.tensor(written[i:i + 4])[blank], y[blank])
     words = [told["words"][token] for token in y[0]]
     first = words.index(".") + 1
+    assert ends[0] == first and ends[-1] == 0                       # the first blank, and the last
     second = first + words[first:].index(".") + 1
     nouns, listed = ({word for name in names for word in told["CLASSES"][name]} for names in (
         "toy place room gift kin glue animal food".split(), told["CLASSES"]))
