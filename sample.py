@@ -153,8 +153,8 @@ for n_steps, with_flow in runs:
         if watch:
             watcher = Watch(encoding, E, kind, n_steps * max(1, refine), given[0])
             text = torch.tensor(generate(n_steps, with_flow, watcher=watcher)[0])
-            if guidance != 1:                                       # the last guess was not guided
-                watcher.draw("guided", text, *watcher.last[1:])
+            if guidance != 1:                   # the last guess was not guided; its greys neither
+                watcher.draw("guided", text, text >= 0, watcher.last[2])
         alone = min(timeit.repeat(lambda: generate(n_steps, with_flow, size=1), number=1, repeat=2))
         start = said = time.perf_counter()
         for number, group in itertools.product(range(len(given)), range(-(-num_samples // GROUP))):

@@ -85,9 +85,13 @@ def require_spelled(enc: tiktoken.Encoding, texts: list[str], name: str) -> None
                                for text in texts))
     for piece in dict.fromkeys(piece for piece in pieces if unknown(piece) is not None):
         word = piece.strip() or piece
-        near = difflib.get_close_matches(word, words, cutoff=0.3)
-        said.append(repr(word) + (f" (only as {words[word].decode()!r})" if word in words else
+        near = ([other for other in words if other.lower() == word.lower()]
+                or difflib.get_close_matches(word, words, cutoff=0.3))
+        where = "after" if words.get(word, b"").startswith(b" ") else "without"
+        said.append(repr(word) + (f" (only {where} a space)" if word in words else
                                   f" (nearest: {', '.join(near)})" if near else ""))
     if said:
-        blanks = name.startswith("prompt") and "{" in name
-        fail(f"{name}: the vocabulary lacks {', '.join(said)}{'; for blanks use --fill' * blanks}")
+        hint = "" if not {"'{'", "'}'"} & set(said) else (
+            "; for blanks use --fill" if name.startswith("prompt") else
+            "; a blank of three tokens is {3}, without spaces in it")
+        fail(f"{name}: the vocabulary lacks {', '.join(said)}{hint}")

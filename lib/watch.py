@@ -14,7 +14,7 @@ from torch import Tensor
 from flow import Given, most_likely
 from flowmap import confidence
 
-PAUSE = 0.1                      # seconds a frame stays, so that even a single step can be seen
+PAUSE, WHOLE = 0.1, 1.0          # seconds a frame stays, and all of a text at least: one step, too
 
 
 class Watch:
@@ -29,7 +29,8 @@ class Watch:
         """z (B, L, d) as it came. At first drawn, at each place the token of nearest embedding."""
         if not self.frames:
             tokens, known = torch.cdist(z[0].float(), self.E.float()).argmin(-1), self.given >= 0
-            self.draw("noise", self.given.where(known, tokens), torch.zeros(len(tokens)), known)
+            self.draw("noise", self.given.where(known, tokens), torch.zeros(len(tokens)), known,
+                      ends=False)
         return z
 
     def __call__(self, model, hidden: Tensor) -> None:
@@ -41,12 +42,13 @@ class Watch:
             known, tokens = model.known[0], model.y[:1].where(model.known[:1], tokens)
         self.draw(f"{self.frames} of {self.steps}", tokens[0], sure, known)
 
-    def draw(self, label: str, tokens: Tensor, sure: Tensor, known: Tensor) -> None:
-        """A frame of tokens (L,), how sure, and which are told; without a terminal a line."""
+    def draw(self, label: str, tokens: Tensor, sure: Tensor, known: Tensor, ends=True) -> None:
+        """A frame of tokens (L,), how sure, and which are told; without a terminal a line. Without
+        `ends` an end of text is nothing, and the text goes on."""
         self.last, self.frames = (tokens, sure, known), self.frames + 1
         told = max((i + 1 for i, token in enumerate(self.given.tolist()) if token >= 0), default=0)
-        pieces, lines, used = spell(self.decoder, tokens.tolist(), told), [
-            f"{self.name}, {label}", ""], 0
+        pieces, used = spell(self.decoder, tokens.tolist(), told, ends), 0
+        lines = [f"{self.name}, {label}", ""]
         text = f"{lines[0]}:  {' '.join(''.join(pieces).split())}\n"
         screen = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         columns, rows = get_terminal_size()
@@ -65,12 +67,13 @@ class Watch:
             text = up + "".join(f"\r{line}\x1b[0m\x1b[K\n" for line in lines[:rows - 1]) + "\x1b[J"
         with contextlib.suppress(BrokenPipeError):                  # sample.py still has to write
             print(text, end="", flush=True)
-        time.sleep(PAUSE * screen)
+        time.sleep(max(PAUSE, WHOLE / self.steps) * screen)
 
 
-def spell(decoder, tokens: list[int], told: int = 0) -> list[str]:
+def spell(decoder, tokens: list[int], told: int = 0, ends: bool = True) -> list[str]:
     """The text of each token up to an end of text, as data.loader.text_of finds it. In packed rows,
-    which begin with one, it is a blank line."""
+    which begin with one, it is a blank line. Without `ends` it is nothing, and does not end them.
+    """
     texts = [decoder.decode(tokens[:n]).rstrip("\ufffd")            # half a character
              for n in range(len(tokens) + 1)]
     pieces, shown = [whole[len(before):] for before, whole in zip(texts, texts[1:])], []
@@ -78,6 +81,8 @@ def spell(decoder, tokens: list[int], told: int = 0) -> list[str]:
     for i, piece in enumerate(pieces):
         if piece.endswith("<|endoftext|>") and packed:
             piece = "\n\n" * (i > 0)
+        elif piece.endswith("<|endoftext|>") and not ends:
+            piece = ""
         elif piece.endswith("<|endoftext|>") and i >= told:
             break
         shown.append("".join(c for c in piece if c.isprintable() or c == "\n"))

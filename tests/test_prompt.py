@@ -18,6 +18,7 @@ from data import tokenizer
 from data.lines import line_rows
 from data.loader import WordPieces
 from lib.prompt import encode, read_patterns
+from lib.watch import spell
 
 LINES = " Tom had a big cup. He took it. Now Ann has the red cup, and Tom's dog has it too."
 L = 40
@@ -60,8 +61,10 @@ def test_prompts_as_their_set_has_texts():
 
 @pytest.mark.parametrize("enc, fill, said", [
     (WORDS, "Tomm {} bigg cup .", "fill=Tomm {} bigg cup .: the vocabulary lacks 'Tomm' (nearest: "
-     "Tom), 'bigg' (nearest: big, it), '.' (only as '.')"),
-    (WORDS, "{}cup 7", "fill={}cup 7: the vocabulary lacks 'cup' (only as ' cup'), '7'"),
+     "Tom), 'bigg' (nearest: big, it), '.' (only without a space)"),
+    (WORDS, "{}cup 7", "fill={}cup 7: the vocabulary lacks 'cup' (only after a space), '7'"),
+    (WORDS, "{}, tom { 2 }", "fill={}, tom { 2 }: the vocabulary lacks 'tom' (nearest: Tom), '{', "
+     "'2', '}'; a blank of three tokens is {3}, without spaces in it"),
     (LETTERS, "zèbre é{1}7", "fill=zèbre é{1}7: the vocabulary lacks 'z', 'è', '7'"),
     (PAIRS, "Zoë", "fill=Zoë: the vocabulary lacks 'Z', 'ë'"),
     (WORDS, "{40} a", "fill={40} a is too long: 41 tokens or more, where a text has 40"),
@@ -156,6 +159,21 @@ def test_guidance(out, monkeypatch):
             a["tokens"] != b["tokens"] for a, b in zip(guided, plain))
 
 
+def test_the_weak_network_is_told_the_same_tokens(out, monkeypatch):
+    """If it is as good as the other, guidance is none."""
+    plain, guided = (records(monkeypatch, out, PROMPT, "--steps=3", *more.split()) for more in (
+        "", f"--guidance=3 --weak={out / 'fmlm.pt'}"))
+    assert [record["tokens"] for record in plain] == [record["tokens"] for record in guided]
+
+
+@pytest.mark.parametrize("one, other", [
+    ("--refine=3", "--refine=3 --order=random"),
+    ("--guidance=3", "--guidance=3 --weak_dropout=0.6")])
+def test_settings_that_change_texts(one, other, out, monkeypatch):
+    found = [records(monkeypatch, out, *way.split()) for way in (one, other)]
+    assert all(a["tokens"] != b["tokens"] for a, b in zip(*found))
+
+
 def test_what_was_told_is_shown_where_the_network_ends_the_text_before(out, monkeypatch, capsys):
     """So a text that lost its words never looks right."""
     found = records(monkeypatch, out, FILL, f"--init_from={out / 'ending.pt'}", "--watch")
@@ -170,6 +188,12 @@ def test_a_map_that_was_distilled_without_known_tokens(out, monkeypatch):
     assert said.startswith(f"error: {out}/untold.pt was trained with context_share=0, ")
 
 # ------------------------------------------------------------------------------ --watch
+
+
+def test_noise_does_not_end_a_text():
+    end, tom = WORDS.eot_token, WORDS.encode(" Tom")[0]
+    assert spell(WORDS, [tom, end, tom]) == [" Tom"]
+    assert spell(WORDS, [tom, end, tom], ends=False) == [" Tom", "", " Tom"]
 
 
 def test_the_animations(out, monkeypatch, tmp_path):
