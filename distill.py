@@ -33,6 +33,7 @@ from flow import Clock, draw_known, noise_factor, stratified
 from lib import checkpoint as ckpt
 from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
                          mix)
+from lib.optim import Muon, learning_rate_at
 
 # -- input and output
 out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
@@ -43,7 +44,7 @@ n_head = 0                       # of a released teacher that does not say it
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
 init_from = "scratch"            # from the teacher; resume: continue out_dir/fmlm.pt; or auto
 eval_interval = 250              # steps between validations; each also writes the checkpoint
-keep_best = False                # also keep that of the lowest validation loss, as fmlm.best.pt
+keep_best = False                # also fmlm.best.pt, which agrees best with itself: see validate
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
@@ -196,18 +197,7 @@ rest = [p for p in learned.values() if not any(p is matrix for matrix in muon)]
 optimizers = [torch.optim.AdamW(rest, learning_rate, (beta1, beta2), weight_decay=weight_decay,
                                 fused=machine.device.type != "mps")]
 if muon:
-    from lib.optim import Muon
-    muon_dtype = torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32
-    optimizers.append(Muon(muon, learning_rate, weight_decay, muon_dtype))
-
-
-def learning_rate_at(step: int) -> float:
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / warmup_iters
-    if schedule == "constant":
-        return learning_rate
-    done = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
-    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+    optimizers.append(Muon(muon, learning_rate, weight_decay, machine.dtype == "bfloat16"))
 
 # ------------------------------------------------------------------------------ resume, save
 
@@ -262,7 +252,7 @@ skipped = 0                                                         # steps in a
 progress = Progress(step, max_iters, sequences * block_size)
 next_batch = batch(step * local_steps)
 while True:
-    lr = learning_rate_at(step)
+    lr = learning_rate_at(step, settings)
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["lr"] = lr
 

@@ -341,9 +341,8 @@ SLICE = 2 ** 25  # logits held at once on a CPU: 128 MiB in float32, 667 tokens 
 
 def slices(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Slices of several tensors (N, ..), of as many tokens as SLICE logits allow. Four times that
-    on a GPU: each slice adds a (V, d) gradient to the head's, so fewer and larger are faster. But
-    float16 cannot hold that gradient, a sum over tokens, of many more than 4,096."""
-    n = max(1, min(4096, (4 if tensors[0].is_cuda else 1) * SLICE // head.out_features))
+    on a GPU: each slice adds a (V, d) gradient to the head's, so fewer and larger are faster."""
+    n = max(1, (4 if tensors[0].is_cuda else 1) * SLICE // head.out_features)
     return zip(*(tensor.split(n) for tensor in tensors))
 
 
@@ -404,33 +403,55 @@ def sum_by_tokens(function: Callable[..., Tensor], head: nn.Module, hidden: Tens
 class SumBySlices(torch.autograd.Function):
     """The gradient of a sum over tokens is known as soon as the loss is. So each slice is
     differentiated in the forward pass and its logits are dropped. Keeping them would take B L V
-    numbers, recomputing them would cost a fourth matrix product with V."""
+    numbers, recomputing them would cost a fourth matrix product with V. The gradients are summed in
+    float32."""
 
     @staticmethod
     def forward(ctx, function, head, hidden, tensors, *parameters):
         values, of_hidden, of_head = [], [], None
         for part, *rest in slices(head, hidden.detach(), *tensors):
             with torch.enable_grad():
-                value = function(head(part.requires_grad_()), *rest)            # (n, k)
-                gradient, *more = torch.autograd.grad(value[:, 0].sum(), (part, *parameters))
+                logits = head(part.requires_grad_())                # (n, V)
+                value = function(logits, *rest)                     # (n, k)
+                slope, = torch.autograd.grad(value[:, 0].sum(), logits)
+                scale = float16_scale(slope, part, head)
+                gradient, *more = torch.autograd.grad(logits, (part, *parameters),
+                                                      slope if scale is None else slope * scale)
             values.append(value.detach())
+            if scale is not None:
+                gradient, more = gradient.float() / scale, [x.float() / scale for x in more]
             of_hidden.append(gradient)
             if of_head is None:
                 of_head = more
             else:
                 for whole, addition in zip(of_head, more):
                     whole += addition
-            del value, more                                         # logits and (V, d) gradient
+            del logits, slope, value, more                          # (n, V), and (V, d) gradient
         values = torch.cat(values)                                  # (B L, k)
         ctx.mark_non_differentiable(values)
         ctx.save_for_backward(torch.cat(of_hidden), *of_head)
+        ctx.dtype = hidden.dtype
         return values[:, 0].sum(), values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         of_hidden, *of_head = (saved.mul_(gradient) for saved in ctx.saved_tensors)
-        return None, None, of_hidden, None, *of_head
+        return None, None, of_hidden.to(ctx.dtype), None, *of_head
+
+
+def float16_scale(slope: Tensor, hidden: Tensor, head: nn.Module) -> Tensor | None:
+    """A power of 2 that brings the gradients of a slice into float16's range under autocast to it,
+    from the logits' gradient (n, V) and hidden (n, d). None elsewhere, where no scale is needed.
+
+    The loss scaler's factor comes later, in the backward pass, too late for what has been rounded
+    to 0 or infinity here. The sums below bound every number in the products that follow."""
+    device = slope.device.type
+    if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.float16:
+        return None
+    size, largest = slope.abs(), [x.abs().max().clamp_min(1) for x in (hidden, head.weight)]
+    bound = torch.stack([size.sum(0).max() * largest[0], size.sum(1).max() * largest[1]]).max()
+    return torch.exp2(torch.log2(2 ** 15 / bound.float().clamp_min(1e-30)).floor())
 
 
 class SoftmaxCrossEntropy(torch.autograd.Function):

@@ -33,6 +33,7 @@ from flow import Clock, draw_known, stratified
 from lib import checkpoint as ckpt
 from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
                          mix)
+from lib.optim import Muon, learning_rate_at
 from model import FlowTransformer, ModelConfig
 
 # -- input and output
@@ -182,19 +183,7 @@ groups = [dict(params=rest)] + [dict(params=[p], lr_scale=embed_lr_scale) for p 
 optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay,
                                 fused=machine.device.type != "mps")]
 if muon:  # steps of the size of AdamW's: one learning rate serves both
-    from lib.optim import Muon
-    muon_dtype = torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32
-    optimizers.append(Muon(muon, learning_rate, weight_decay, muon_dtype))
-
-
-def learning_rate_at(step: int) -> float:
-    """Linear warm-up, then constant, or a cosine down to min_lr at max_iters."""
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / warmup_iters
-    if schedule == "constant":
-        return learning_rate
-    done = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
-    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+    optimizers.append(Muon(muon, learning_rate, weight_decay, machine.dtype == "bfloat16"))
 
 # ------------------------------------------------------------------------------ resume, save
 
@@ -247,7 +236,7 @@ skipped = 0                                                         # steps in a
 progress = Progress(step, max_iters, sequences * block_size)
 next_batch = batch(step * local_steps)
 while True:
-    lr = learning_rate_at(step)
+    lr = learning_rate_at(step, settings)
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["lr"] = lr * group.get("lr_scale", 1)
 

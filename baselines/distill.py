@@ -26,6 +26,7 @@ from data.loader import Data
 from flow import stratified
 from lib import checkpoint as ckpt
 from lib.machine import NOISE, TIMES, Machine, generator, with_float64
+from lib.optim import Muon, learning_rate_at
 from lib.settings import configure, fail, require_choice, require_in, require_trainable
 
 out_dir = "out/stories"          # reads mdlm.pt or duo.pt, writes sdtt.pt or dcd.pt and their logs
@@ -85,9 +86,7 @@ rest = [p for p in student.parameters() if not any(p is matrix for matrix in muo
 optimizers = [torch.optim.AdamW(rest, learning_rate, (beta1, beta2), weight_decay=weight_decay,
                                 fused=True)]
 if muon:
-    from lib.optim import Muon
-    muon_dtype = torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32
-    optimizers.append(Muon(muon, learning_rate, weight_decay, muon_dtype))
+    optimizers.append(Muon(muon, learning_rate, weight_decay, machine.dtype == "bfloat16"))
 done = ckpt.restore_run(checkpoint, ema, optimizers, machine, data) if checkpoint else 0  # rounds
 
 log = ckpt.Log(path, machine, bool(checkpoint), done * per_round, "", settings)
@@ -96,10 +95,7 @@ for step in range(done * per_round, rounds * per_round):
     k, i = divmod(step, per_round)                                  # step i of round k
     if i == 0:
         frozen = copy.deepcopy(ema)
-    lr = learning_rate * min(1, (step + 1) / max(1, warmup_iters))
-    if schedule == "cosine" and step >= warmup_iters:
-        part = (step - warmup_iters) / (max_iters - warmup_iters)
-        lr = min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * part)) / 2
+    lr = learning_rate_at(step, settings)
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["lr"] = lr
 

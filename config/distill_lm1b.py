@@ -11,7 +11,7 @@
 out_dir = "out/lm1b"
 dataset = "lm1b"
 eval_interval = 5000
-keep_best = True                 # fmlm.best.pt: the authors advise it for this set
+keep_best = True                 # fmlm.best.pt: the authors advise it; see keep_best in distill.py
 eval_iters = 64
 log_interval = 100
 
@@ -22,5 +22,6 @@ max_iters = 1_000_000
 learning_rate = 3e-4
 schedule = "constant"
 warmup_iters = 2500
+beta2 = 0.999                    # of the released run; the paper has 0.95
 ema_decay = 0.9999
 compile = True

@@ -117,9 +117,11 @@ class WordPieces:
         self.name, self.words, self.n_vocab = name, words, len(words)
 
     def decode(self, ids: list[int]) -> str:
-        """Pieces are joined. No space stays before . , ? ! or around an apostrophe."""
+        """Pieces are joined. No space stays before . , ? ! or the end of a contraction, or around
+        an apostrophe."""
         text = " ".join(self.words[i] for i in ids if i < self.n_vocab).replace(" ##", "")
-        return re.sub(r" ([.,?!])", r"\1", text).replace(" ' ", "'")
+        text = re.sub(r" ([.,?!])", r"\1", text).replace(" ' ", "'")
+        return re.sub(r" (n't|'(?:m|s|ve|re))", r"\1", text)
 
 
 def tokenizer_from_dict(d: dict) -> Encoding | WordPieces:

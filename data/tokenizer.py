@@ -133,7 +133,7 @@ def merge(word: list[bytes], ranks: dict[bytes, int]) -> None:
 def read_word_pieces(path: str | Path) -> WordPieces:
     """The vocabulary in a vocab.txt, a token a line. Exits when it is none."""
     try:
-        words = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        words = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         fail(f"{path} is no vocabulary ({error})")
     if "" in words or len(set(words)) < len(words):

@@ -59,6 +59,7 @@ from eval import metrics, scorers
 from eval.bound import accuracy, bits_per_character, likelihood_bound, whiten
 from eval.naive import naive_texts
 from lib import checkpoint as ckpt
+from lib import released
 from lib.machine import BOUND_NOISE, SAMPLE_NOISE, Machine, generator, with_float64
 from lib.settings import configure, fail, parse_numbers, require_choice, require_in
 
@@ -178,8 +179,12 @@ def read_texts(path: str) -> dict[str, np.ndarray]:
     try:
         records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
         rows = [(tuple(record.get(key) for key in RUN), ids_of(record)) for record in records]
+        rescaled = any(0 < float(record.get("gamma") or 0) < 1 for record in records)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         fail(f"{path} is no .jsonl with a text a line ({type(error).__name__}: {error})")
+    if rescaled and not ours:
+        fail(f"{path}: protocol=paper wants the authors' gamma sampling, and sample.py does ours; "
+             f"give the checkpoint, with --gamma")
     whole = [(run, row) for run, row in rows if len(row) == L and 0 <= min(row) and max(row) < V]
     if left := len(rows) - len(whole):
         print(f"{path}: {left} texts left out, not of {L} known tokens", file=sys.stderr)
@@ -345,6 +350,8 @@ for name, checkpoint in checkpoints.items():
     ckpt.require_same_vocabulary(checkpoint, held_out)
 V = max([held_out.meta["vocab_size"]] + [                           # released ones may have padding
     c["model_config"]["vocab_size"] for c in checkpoints.values() if c["kind"] in ckpt.KINDS])
+if V == released.GPT2 and any(name.endswith(".jsonl") for name in sources):
+    V = released.GPT2_PADDED                                        # texts may have it, too
 encoding = tokenizer_from_dict(held_out.tokenizer)
 if num_samples and (L < 4 or held_out.n_rows < 2):
     fail(f"texts of {L} tokens cannot be judged: they need 4 tokens and two held-out texts")

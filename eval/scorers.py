@@ -12,10 +12,12 @@ what exceeds its context. An end-of-text token inside a text is scored like any 
 Duo's code, which the authors use:
 
 - the scorer computes in float32, and reads the decoded text, special tokens included, in its own
-  tokens, at most L;
+  tokens, at most L (the [PAD] of a V of 50,258 decodes to nothing here, in their code to "[PAD]");
 - nothing stands in front, so the first token is not scored;
 - end-of-text tokens after the first of a row do not count, ordinary tokens after it do. Rows are
-  padded with ends of text to the longest. So where a text has none, the first padding counts as it;
+  padded with ends of text to the longest. So where a text has none, the first padding counts as it.
+  The longest is that of all texts here, in their code of a sampling batch, which may be one text
+  and then has no padding;
 - texts that do not fill the last batch of 8 are dropped: none of the usual 1,024;
 - a model of ours is refused, since it always reads a start of text first;
 - the entropy (metrics.sample_entropies) is of a row's L tokens, special ones and padding included;

@@ -389,9 +389,10 @@ class Log:
         write_lines(path, kept)
 
     def lowest(self, key: str, value: float) -> bool:
-        """Whether no record of the log has a lower value."""
-        return bool(self.path) and value <= min(
-            (record[key] for record in read_log(self.path) if key in record), default=value)
+        """Whether no checkpoint of the log had a lower value, or none was kept as the best."""
+        return bool(self.path) and (not self.path.with_suffix(".best.pt").exists() or value <= min(
+            (record[key] for record in read_log(self.path) if key in record and record["step"]),
+            default=value))
 
     def write(self, step: int, **values) -> None:
         if self.path:

@@ -1,11 +1,26 @@
-"""Muon, as in torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (the tests compare them), but
+"""The learning rate's schedule, and Muon.
+
+Muon is as in torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (the tests compare them), but
 matrices of one shape go through the iteration together, and in float32 where the run is in float32:
 PyTorch's takes bfloat16, which is tens of times slower on a processor without units for it."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+
+def learning_rate_at(step: int, settings: dict) -> float:
+    """Linear warm-up, then constant, or a cosine down to min_lr at max_iters."""
+    peak, warmup, last, iters = (settings[key] for key in (
+        "learning_rate", "warmup_iters", "min_lr", "max_iters"))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if settings["schedule"] == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, iters - warmup))
+    return last + (peak - last) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Muon(torch.optim.Optimizer):
@@ -14,9 +29,9 @@ class Muon(torch.optim.Optimizer):
     learning rate serves both."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float,
-                 dtype: torch.dtype, momentum: float = 0.95):
+                 in_bfloat16: bool, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
+        self.dtype = torch.bfloat16 if in_bfloat16 else torch.float32
 
     @torch.no_grad()
     def step(self) -> None:

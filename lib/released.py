@@ -123,9 +123,11 @@ def average_of(average: list, modules: tuple[dict, ...]) -> dict:
 
 
 def told_beside(path: str) -> tuple[int, int]:
-    """The heads and the length in a config.json beside the file, at any depth; 0 if not there."""
-    config = Path(path).with_name("config.json")
-    if not config.is_file():
+    """The heads and the length in a config.json, at any depth of it; 0 if not there. It lies beside
+    the file or in the folder above, as in a repository of several networks."""
+    places = (folder / "config.json" for folder in Path(path).parents[:2])
+    config = next(filter(Path.is_file, places), None)
+    if not config:
         return 0, 0
     try:
         parts = [dict(json.loads(config.read_text(encoding="utf-8")))]
@@ -178,11 +180,9 @@ def find_tokenizer(V: int, vocabulary: str):
     The padding of a network of 50,258 is decoded to nothing."""
     known = GPT2 if V == GPT2_PADDED else V
     if vocabulary:
-        encoding = read_vocabulary(vocabulary)
-        words = isinstance(encoding, WordPieces)
-        size = encoding.n_vocab if words else encoding.get_vocab_size()
-        if size not in (known, V):
-            fail(f"{vocabulary} has {size} tokens, the checkpoint {V}")
+        encoding = read_vocabulary(vocabulary, known)
+        if encoding.n_vocab not in (known, V):
+            fail(f"{vocabulary} has {encoding.n_vocab} tokens, the checkpoint {V}")
         return encoding
     if known != GPT2:
         fail(f"the checkpoint does not hold its {V} tokens; give --vocabulary=vocab.txt (for LM1B "
@@ -210,9 +210,21 @@ def gpt2_encoding():
              f"TIKTOKEN_CACHE_DIR to a folder where tiktoken has put it before")
 
 
-def read_vocabulary(path: str):
+class FromFile:
+    """Decodes by a tokenizer.json. Special tokens stay in the text, since they say where it ends.
+    Ids from n on are padding."""
+
+    def __init__(self, tokenizer, n: int):
+        self.tokenizer, self.n, self.n_vocab = tokenizer, n, tokenizer.get_vocab_size()
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i < self.n], skip_special_tokens=False)
+
+
+def read_vocabulary(path: str, n: int) -> WordPieces | FromFile:
     """What decodes a file's ids: those of vocab.txt of a BERT (one token a line), or of a
-    tokenizer.json, by the package tokenizers. Exits when the file or the package is missing."""
+    tokenizer.json, by the package tokenizers; ids from n on to nothing. Word pieces are read alike
+    from both. Exits when the file or the package is missing."""
     if not os.path.isfile(path):
         fail(f"no vocabulary {path}; bert-base-uncased has its as vocab.txt")
     if not path.endswith(".json"):
@@ -222,9 +234,12 @@ def read_vocabulary(path: str):
     except ImportError:
         fail("a tokenizer.json needs the package tokenizers; run: pip install tokenizers")
     try:
-        return Tokenizer.from_file(path)
+        found = Tokenizer.from_file(path)
     except Exception as error:  # the package raises nothing narrower
         fail(f"{path} is no vocabulary ({error})")
+    if type(found.model).__name__ != "WordPiece":
+        return FromFile(found, n)
+    return WordPieces("wordpiece", [found.id_to_token(i) for i in range(found.get_vocab_size())])
 
 # ---------------------------------------------------------------- files with objects in them
 

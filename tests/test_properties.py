@@ -27,6 +27,7 @@ from flow import (Clock, by_tokens, corrupt, cross_entropy, interpolate, move, s
                   stratified, sum_by_tokens)
 from flowmap import kl_to_target, off_diagonal_times, semigroup_weight
 from lib.machine import generator, mix
+from lib.optim import learning_rate_at
 
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None,
                           max_examples=60)
@@ -310,15 +311,14 @@ def run_statement(program, start, **names):
     return names
 
 
-@pytest.mark.parametrize("program", ["train.py", "distill.py"])
 @given(peak=st.floats(1e-6, 1), share=unit, schedule=st.sampled_from(["constant", "cosine"]),
        warmup=st.integers(0, 40), max_iters=st.integers(1, 80))
 def test_learning_rate_rises_to_its_peak_and_falls_without_a_jump(
-        program, peak, share, schedule, warmup, max_iters):
-    at = run_statement(program, "def learning_rate_at", math=math, learning_rate=peak,
-                       min_lr=share * peak, schedule=schedule, warmup_iters=warmup,
-                       max_iters=max_iters)["learning_rate_at"]
-    rate = np.array([at(step) for step in range(max(warmup, max_iters) + 3)]) / peak
+        peak, share, schedule, warmup, max_iters):
+    settings = dict(learning_rate=peak, min_lr=share * peak, schedule=schedule,
+                    warmup_iters=warmup, max_iters=max_iters)
+    rate = np.array([learning_rate_at(step, settings)
+                     for step in range(max(warmup, max_iters) + 3)]) / peak
     assert (rate >= 0).all() and (rate <= 1 + 1e-12).all() and rate[warmup] == pytest.approx(1)
     assert (np.diff(rate[:warmup]) > 0).all() and (np.diff(rate[warmup:]) <= 1e-12).all()
     assert rate[max(warmup - 1, 0)] == pytest.approx(1)             # the warm-up ends at the peak

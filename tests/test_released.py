@@ -244,7 +244,11 @@ def test_the_hub(tmp_path, monkeypatch):
     assert torch.allclose(log_probs("hf:owner/name", golden), golden["log_probs"], atol=1e-4,
                           rtol=0)
     assert asked == [("owner/name", dict(allow_patterns=["*.safetensors", "*config.json"]))]
-    (tmp_path / "cache" / "model.safetensors").rename(tmp_path / "cache" / "model.bin")
+    (tmp_path / "cache" / "fmlm").mkdir()                           # config.json stays above it
+    model = (tmp_path / "cache" / "model.safetensors").rename(
+        tmp_path / "cache" / "fmlm" / "model.safetensors")
+    assert log_probs("hf:owner/name", golden).shape == golden["log_probs"].shape
+    model.rename(model.with_suffix(".bin"))
     assert mistake(monkeypatch, *command) == (
         "error: hf:owner/name has 0 .safetensors files, not one; download what you want and give "
         "its path")
@@ -299,10 +303,38 @@ def test_sampling(tmp_path, vocabulary):
 
 
 def test_wordpieces_are_joined(vocabulary):
-    pytest.importorskip("tokenizers", reason="decoding a WordPiece vocabulary needs tokenizers")
+    tokenizers = pytest.importorskip("tokenizers", reason="reading a tokenizer.json needs it")
     from lib.released import read_vocabulary
     ids = [WORDS.index(word) for word in "[CLS] the cat ##s sat . [SEP]".split()]
-    assert read_vocabulary(str(vocabulary)).decode(ids) == "[CLS] the cats sat. [SEP]"
+    vocabulary_json = vocabulary.with_suffix(".json")
+    tokenizers.Tokenizer(tokenizers.models.WordPiece(
+        {word: i for i, word in enumerate(WORDS)})).save(str(vocabulary_json))
+    for path in (vocabulary, vocabulary_json):
+        assert read_vocabulary(str(path), 12).decode([*ids, 12]) == "[CLS] the cats sat. [SEP]"
+
+
+def test_spaces_before_signs_are_removed_as_by_a_bert_tokenizer():
+    """With transformers as the judge, which calls it a clean-up."""
+    transformers = pytest.importorskip("transformers", reason="the judge is transformers")
+    words = "cat . , ? ! ' n't 'm 's 've 're m s can # dogs".split()
+    pieces, rng = loader.WordPieces("bert", words), np.random.default_rng(0)
+    clean = transformers.PreTrainedTokenizerBase.clean_up_tokenization
+    for row in rng.integers(len(words), size=(2000, 12)).tolist():
+        expected = clean(None, " ".join(words[i] for i in row))
+        assert pieces.decode(row) == expected
+
+
+def test_a_tokenizer_json_says_where_texts_end(tmp_path, monkeypatch):
+    """As the encoding that stands for it: the end of text stays, padding is nothing."""
+    tokenizers = pytest.importorskip("tokenizers", reason="reading a tokenizer.json needs it")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    bpe.decoder = tokenizers.decoders.Fuse()
+    bpe.add_special_tokens(["<|endoftext|>", "[PAD]"])              # 2 and 3
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    for n, text in ((4, "a[PAD]"), (3, "a")):
+        found = released.read_vocabulary(str(tmp_path / "tokenizer.json"), n)
+        assert found.n_vocab == 4 and loader.text_of(found, [0, 3, 2, 1]) == text
+        assert loader.text_of(found, [2, 0, 2, 1]) == "a\n\nb"
 
 
 def test_distilling_a_released_teacher(tmp_path):
@@ -352,6 +384,7 @@ def test_a_teacher_with_padding(tmp_path, gpt2):
     said = quick_run("eval/evaluate.py", f"--source={tmp_path / 'fmlm.pt'},{path}", *common,
                      "--num_samples=4", "--scorer=")
     assert "fmlm, 1 steps" in said and "\nflm, 1 steps" in said
+    assert "left out" not in quick_run("eval/evaluate.py", f"--source={out}", *common, "--scorer=")
 
 
 @pytest.mark.parametrize("V, size, name, pattern, same", [

@@ -188,7 +188,7 @@ def test_muon_moves_a_matrix_by_a_fifth_of_the_learning_rate():
     """Root mean square, however small the gradient."""
     p = torch.nn.Parameter(torch.zeros(8, 8))
     p.grad = 1e-4 * torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
-    Muon([p], 0.01, 0.0, torch.float32).step()
+    Muon([p], 0.01, 0.0, False).step()
     assert p.square().mean().sqrt().item() == pytest.approx(2e-3, rel=0.2)
 
 
@@ -198,7 +198,7 @@ def test_muon_is_pytorchs(dtype):
     rng = torch.Generator().manual_seed(1)
     start = [torch.randn(shape, generator=rng) for shape in ((24, 8), (8, 8), (8, 24), (24, 8))]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    optimizers = [Muon(ours, 0.01, 0.1, dtype),
+    optimizers = [Muon(ours, 0.01, 0.1, dtype == torch.bfloat16),
                   torch.optim.Muon(theirs, 0.01, 0.1, adjust_lr_fn="match_rms_adamw")]
     for _ in range(3):
         for a, b in zip(ours, theirs):
@@ -214,7 +214,7 @@ def test_muon_goes_on_from_its_state():
     """To the same bits. A matrix without a gradient stays where it is."""
     rng = torch.Generator().manual_seed(1)
     first, second = ([torch.nn.Parameter(torch.ones(4, 6)) for _ in range(3)] for _ in range(2))
-    optimizers = [Muon(first, 0.01, 0.1, torch.float32)]
+    optimizers = [Muon(first, 0.01, 0.1, False)]
 
     def step():
         for p, q in zip(first[:2], second):
@@ -225,7 +225,7 @@ def test_muon_goes_on_from_its_state():
     step()
     for p, q in zip(first, second):
         q.data = p.detach().clone()
-    optimizers.append(Muon(second, 0.01, 0.1, torch.float32))
+    optimizers.append(Muon(second, 0.01, 0.1, False))
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
     step()
     assert all(torch.equal(p, q) for p, q in zip(first, second))

@@ -62,7 +62,7 @@ def read(args: Namespace) -> list[list[str]]:
             fail(f"these chats are a package; run: pip install {PACKAGE}")
         path = Path(chitchat_dataset.__file__).parent / "dataset.json"
     try:
-        return [sentences(chat) for chat in json.loads(path.read_text("utf-8")).values()]
+        return [sentences(chat) for chat in json.loads(path.read_text("utf-8-sig")).values()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fail(f"{path}: not the chats of {PACKAGE} ({type(error).__name__}: {error})")
 
