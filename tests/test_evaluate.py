@@ -588,6 +588,8 @@ def test_a_discrete_distillation_that_diverges_says_so(trained, tmp_path):
     (EVALUATE, "--source=x.jsonl --scorer= --block_size=390", "two held-out texts"),
     (EVALUATE, "--protocol=theirs", "protocol=theirs: choose ours, paper"),
     (EVALUATE, "--source= --scorer=OUT/ar.pt --protocol=paper", "ar.pt is a model of ours, which"),
+    (EVALUATE, "--source=OUT/gamma.jsonl --scorer= --protocol=paper",
+     "protocol=paper wants the authors' gamma sampling, and sample.py does ours"),
     (EVALUATE, "--num_samples=1", "num_samples=1: one text cannot be compared"),
     (EVALUATE, "--device=mps", "device=mps: drawing tokens takes float64, which Apple GPUs lack"),
     (EVALUATE, "--temperatures=warm", "expected positive numbers up to 1,000,000, such as 0.8,1"),
@@ -607,6 +609,7 @@ def test_mistakes(program, words, complaint, trained, monkeypatch):
     out, data = trained
     lines = out / "lines.jsonl"
     lines.write_text('{"tokens": ["a", "b"]}\n')
+    (out / "gamma.jsonl").write_text('{"text": "abc", "gamma": 0.5}\n' * 3)
     words = words.replace("OUT", str(out)).replace("LINES", str(lines)).split()
     words += [f"--dataset={data}"] * (program == EVALUATE)
     assert complaint.replace("LINES", str(lines)) in mistake(monkeypatch, program, *words)
