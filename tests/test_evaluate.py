@@ -609,7 +609,7 @@ def test_mistakes(program, words, complaint, trained, monkeypatch):
     out, data = trained
     lines = out / "lines.jsonl"
     lines.write_text('{"tokens": ["a", "b"]}\n')
-    (out / "gamma.jsonl").write_text('{"text": "abc", "gamma": 0.5}\n' * 3)
+    (out / "gamma.jsonl").write_text('{"tokens": [1, 2], "gamma": 0.5}\n' * 3)
     words = words.replace("OUT", str(out)).replace("LINES", str(lines)).split()
     words += [f"--dataset={data}"] * (program == EVALUATE)
     assert complaint.replace("LINES", str(lines)) in mistake(monkeypatch, program, *words)
