@@ -156,6 +156,7 @@ if checkpoint:
 else:
     student = ckpt.build_model(source, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
+student.head.compiled = compile
 ema = copy.deepcopy(student).eval()
 clock_embedding_share = source["clock_embedding_share"]
 del source                                                          # its memory

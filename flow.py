@@ -182,8 +182,8 @@ def replace(y: Tensor, share: float, rng: torch.Generator) -> Tensor:
 
     A network that has never seen a wrong token trusts every token it can read. But the sampler's
     state does contain wrong tokens, from its own early steps. Trained on such input, the network
-    checks each token against the rest of the text. Its D is then the posterior for replaced
-    tokens: near t = 1 it is less sure of what it reads than the flow's own denoiser.
+    checks each token against the rest of the text. Its D, for replaced tokens, is less sure near
+    t = 1 than the flow's own.
     """
     chance = share * torch.rand(len(y), 1, generator=rng, device=y.device)
     replaced = torch.rand(y.shape, generator=rng, device=y.device) < chance
@@ -284,9 +284,8 @@ def decode(model: Callable, times: int, clock: Clock, z: Tensor, steps: int, gam
     gamma in [0, 1] makes it stochastic. Instead of landing at t, go on to t~ with 1 - t~ = (1 - t)
     sqrt(1 - gamma^2). Then add noise until the state is as noisy as at t again, (t / t~) z +
     sqrt((1 - t)^2 - (t / t~)^2 (1 - t~)^2) z0. noise() draws a fresh z0 (B, L, d). After an exact
-    jump to t~ the law at t is exact. With rescale = False it is done as by the authors, who step
-    back from the aim: z - (t~ - t) aim + gamma (1 - t) z0. That has the law at t only where the aim
-    is the text itself. Both are the same at gamma 0 and 1; in between theirs adds less fresh noise.
+    jump to t~ the law at t is exact. rescale = False is the authors' way, z - (t~ - t) aim + gamma
+    (1 - t) z0, exact only where the aim is the text itself. Both agree at gamma 0 and 1.
 
     weak makes it guided by a worse network with the same E: a move aims at D_weak + eta (D -
     D_weak), past D, away from what the worse one would do (autoguidance, arXiv 2406.02507). The
@@ -362,9 +361,8 @@ def draw_from(p: Tensor, rng: torch.Generator | None) -> Tensor:
     exceeds a uniform u.
 
     In float64. A float32 u has 24 bits, too few for the rarest tokens, here as in the Gumbel-max
-    trick: they are hardly drawn, the text loses entropy, and its generative perplexity looks better
-    than it is (arXiv 2409.02908). Where p is not finite the token is V, which no embedding has: to
-    check here would be to wait for the device.
+    trick: they are hardly drawn, and generative perplexity looks better than it is (arXiv
+    2409.02908). Where p is not finite the token is V, which no embedding has.
     """
     sums = p.double().cumsum(-1)
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=rng, device=p.device)  # below 1
@@ -403,30 +401,27 @@ def sum_by_tokens(function: Callable[..., Tensor], head: nn.Module, hidden: Tens
 class SumBySlices(torch.autograd.Function):
     """The gradient of a sum over tokens is known as soon as the loss is. So each slice is
     differentiated in the forward pass and its logits are dropped. Keeping them would take B L V
-    numbers, recomputing them would cost a fourth matrix product with V. The gradients are summed in
-    float32."""
+    numbers, recomputing them would cost a fourth matrix product with V."""
 
     @staticmethod
     def forward(ctx, function, head, hidden, tensors, *parameters):
-        values, of_hidden, of_head = [], [], None
+        values, of_hidden, of_head, kind = [], [], [], hidden.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        run = lambda part, *rest: function(head(part), *rest)
+        if getattr(head, "compiled", False):  # so that logits are read and written fewer times
+            run = torch.compile(run, dynamic=False, fullgraph=True)
         for part, *rest in slices(head, hidden.detach(), *tensors):
             with torch.enable_grad():
-                logits = head(part.requires_grad_())                # (n, V)
-                value = function(logits, *rest)                     # (n, k)
-                slope, = torch.autograd.grad(value[:, 0].sum(), logits)
-                scale = float16_scale(slope, part, head)
-                gradient, *more = torch.autograd.grad(logits, (part, *parameters),
-                                                      slope if scale is None else slope * scale)
-            values.append(value.detach())
-            if scale is not None:
-                gradient, more = gradient.float() / scale, [x.float() / scale for x in more]
+                part.requires_grad_()                               # (n, d)
+                if half:
+                    value, gradient, *more = in_float16(function, head, part, *rest)
+                else:
+                    value = run(part, *rest)                        # (n, k)
+                    gradient, *more = torch.autograd.grad(value[:, 0].sum(), (part, *parameters))
+            of_head = [whole.add_(x) for whole, x in zip(of_head, more)] if values else more
             of_hidden.append(gradient)
-            if of_head is None:
-                of_head = more
-            else:
-                for whole, addition in zip(of_head, more):
-                    whole += addition
-            del logits, slope, value, more                          # (n, V), and (V, d) gradient
+            values.append(value.detach())
+            del value, more                                         # logits and (V, d) gradient
         values = torch.cat(values)                                  # (B L, k)
         ctx.mark_non_differentiable(values)
         ctx.save_for_backward(torch.cat(of_hidden), *of_head)
@@ -440,18 +435,19 @@ class SumBySlices(torch.autograd.Function):
         return None, None, of_hidden.to(ctx.dtype), None, *of_head
 
 
-def float16_scale(slope: Tensor, hidden: Tensor, head: nn.Module) -> Tensor | None:
-    """A power of 2 that brings the gradients of a slice into float16's range under autocast to it,
-    from the logits' gradient (n, V) and hidden (n, d). None elsewhere, where no scale is needed.
-
-    The loss scaler's factor comes later, in the backward pass, too late for what has been rounded
-    to 0 or infinity here. The sums below bound every number in the products that follow."""
-    device = slope.device.type
-    if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.float16:
-        return None
-    size, largest = slope.abs(), [x.abs().max().clamp_min(1) for x in (hidden, head.weight)]
+def in_float16(function: Callable, head: nn.Module, part: Tensor, *rest: Tensor) -> list[Tensor]:
+    """Values (n, k) of a slice, and the gradients for hidden (n, d) and the head's parameters in
+    float32. The products between are in float16, whose range is short, and the loss scaler's factor
+    comes in the backward pass, too late for what is 0 or infinite here. So the logits' gradient has
+    a factor of its own, a power of 2. The sums bound every number in the products."""
+    logits = head(part)                                             # (n, V)
+    value = function(logits, *rest)
+    slope, = torch.autograd.grad(value[:, 0].sum(), logits)
+    size, largest = slope.abs(), [x.abs().max().clamp_min(1) for x in (part, head.weight)]
     bound = torch.stack([size.sum(0).max() * largest[0], size.sum(1).max() * largest[1]]).max()
-    return torch.exp2(torch.log2(2 ** 15 / bound.float().clamp_min(1e-30)).floor())
+    scale = torch.exp2(torch.log2(2 ** 15 / bound.float().clamp_min(1e-30)).floor())
+    gradients = torch.autograd.grad(logits, (part, *head.parameters()), slope * scale)
+    return [value, *(x.float() / scale for x in gradients)]
 
 
 class SoftmaxCrossEntropy(torch.autograd.Function):

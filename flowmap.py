@@ -63,9 +63,7 @@ def loss(student: Callable, target_net: Callable, teacher: Callable | None, cloc
     n, B, E = n_diagonal, len(y), student.embed.weight
     z = corrupt(E, y, clock.t_of_tau(tau_s), latent_noise(E, y.shape, rng, factor))
     known_n, known_rest = (None, None) if known is None else (known[:n], known[n:])
-
-    def told(net, y, known):
-        return net if known is None else Given(net, y, known)
+    told = lambda net, y, known: net if known is None else Given(net, y, known)
     hidden = told(student, y, known)(z, tau_s, tau_t)               # (B, L, d)
     target_net = told(target_net, y[n:], known_rest)
     if teacher is None:

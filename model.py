@@ -191,9 +191,13 @@ class Head(nn.Linear):
     def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, config.vocab_size)
         self.softcap = config.logit_softcap
+        self.compiled = False  # whether the loss of its logits is, by torch.compile: see flow.py
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = super().forward(hidden)
+        weight, bias, V = self.weight, self.bias, self.out_features
+        if hidden.is_cuda:  # rows of whole 128 bytes, without which products are slow on a GPU
+            weight, bias = F.pad(weight, (0, 0, 0, -V % 64)), F.pad(bias, (0, -V % 64))
+        logits = F.linear(hidden, weight, bias)[..., :V]
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         return cap(logits, self.softcap)

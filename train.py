@@ -149,6 +149,7 @@ else:
         model = FlowTransformer(ModelConfig(vocab_size, **model_args)).to(machine.device)
     except ValueError as error:
         fail(str(error))
+model.head.compiled = compile
 ema = copy.deepcopy(model).eval()
 clock = Clock(model.config.vocab_size, n_embd, clock_embedding_share, machine.device)
 

@@ -108,6 +108,7 @@ def network(machine, **extra):
     model = FlowTransformer(config).to(machine.device)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
+    model.head.compiled = compile
     return model
 
 

@@ -4,6 +4,7 @@ Nothing is computed twice, waits for the device or breaks the compiled graph. ev
 to end, and that what it compares computes the same.
 """
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -89,6 +90,49 @@ def test_loss_can_be_differentiated_once():
     mean.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         mean.backward()
+
+
+def test_a_compiled_head_has_the_same_loss(monkeypatch):
+    """And the same gradients, of cross-entropy and of KL, in slices of two sizes. Each loss is one
+    graph (fullgraph) of each size, traced once: not again in the next step."""
+    compile, V, B, L = torch.compile, 40, 2, 5
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(
+        f, backend="aot_eager", **options))                         # no C++ compiler needed
+    monkeypatch.setattr(flow, "SLICE", 4 * V)
+    torch._dynamo.reset()
+    head, hidden = network(logit_softcap=3.0).head, torch.randn(B, L, 16, requires_grad=True)
+    y, p = torch.randint(V, (B, L)), torch.randn(B, L, V).softmax(-1)
+    found = {}
+    for head.compiled in (False, True, True):
+        with compiled_graphs() as graphs:
+            ce = cross_entropy(head, hidden, y)[0]
+            kl = flowmap.kl_to_target(head, hidden, (lambda p: p, (p,)))[0]
+            parts = [ce, kl, *torch.autograd.grad(ce + 2 * kl, [hidden, *head.parameters()])]
+        found[len(found)] = parts, graphs()
+    assert [found[i][1] for i in range(3)] == [0, 4, 0]
+    for plain, compiled in zip(found[0][0], found[1][0]):
+        assert torch.allclose(plain, compiled, atol=1e-6) and plain.abs().max() > 1e-3
+
+
+def test_rows_of_logits_are_padded_on_a_gpu(monkeypatch):
+    """With the same logits and gradients. A CPU says here that it is one."""
+    head, hidden, found = network(V=70).head, torch.randn(3, 5, 16, requires_grad=True), []
+    y = 4 * torch.arange(15).view(3, 5)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", gpu)
+        loss = cross_entropy(head, hidden, y)[0]
+        found.append([head(hidden), *torch.autograd.grad(loss, [hidden, *head.parameters()])])
+        assert found[-1][0].stride() == ((5 * 128, 128, 1) if gpu else (5 * 70, 70, 1))
+    for plain, padded in zip(*found):
+        assert plain.shape == padded.shape and torch.allclose(plain, padded, atol=1e-6)
+
+
+@contextlib.contextmanager
+def compiled_graphs():
+    """A function that says how many graphs were traced inside."""
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    yield lambda: stats["unique_graphs"] - before
 
 
 def test_most_likely_token_is_that_of_float32():
