@@ -7,6 +7,7 @@
     python eval/bench.py head                         # the head's loss and gradient, in four ways
     python eval/bench.py scaling                      # against V, B L and sampling steps: an hour
     python eval/bench.py plot                         # the scaling as a figure, out_dir/scaling.png
+    python eval/bench.py estimate --gpus=8 --nodes=4  # what many GPUs would wait for: estimate.py
     python eval/bench.py train --other=../old --paths=other,ours    # before and after a change
 
 The paths:
@@ -44,6 +45,7 @@ import flow
 import flowmap
 from baselines import ar, dense
 from eval import heads
+from eval.estimate import estimate, table
 from lib.checkpoint import replace_file
 from lib.machine import Machine, generator, with_float64
 from lib.settings import configure, fail, require_choice, require_in
@@ -62,6 +64,10 @@ attention_softcap = 0.0
 logit_softcap = 0.0
 diagonal_share = 0.5             # distill: of the batch
 sampling_steps = 1               # sample: network evaluations a text
+# -- estimate
+gpus = 8                         # of a node
+nodes = 1
+speed = 142_000.0                # tokens/s of one GPU alone; that of an H100 in docs/speed.md
 # -- the measurement
 paths = ""                       # comma-separated, the last is compared with; "" = as in COMMANDS
 other = ""                       # the folder of another checkout
@@ -79,7 +85,7 @@ worker = ""                      # set by bench.py itself: the path this process
 
 COMMANDS = {"train": "ours,dense,floor", "distill": "ours,dense,floor", "sample": "ours,ar",
             "head": "ours,checkpointed,builtin,whole", "scaling": "",
-            "plot": ""}
+            "plot": "", "estimate": ""}
 _words = sys.argv[1:]
 _command = _words.pop(0) if _words and not _words[0].startswith("-") else ""    # _: no setting
 settings = configure(globals(), _words)
@@ -88,7 +94,9 @@ command = _command
 if command not in COMMANDS:
     fail(f"bench.py {command}: choose {', '.join(COMMANDS)}; --help lists the settings")
 require_in(settings, "[1, inf)", "vocab_size", "block_size", "batch_size", "n_layer", "n_head",
-           "gradient_accumulation_steps", "n_embd", "n_time", "sampling_steps", "turns", "steps")
+           "gradient_accumulation_steps", "n_embd", "n_time", "sampling_steps", "turns", "steps",
+           "gpus", "nodes")
+require_in(settings, "(0, inf)", "speed")
 require_in(settings, "[0, 1)", "diagonal_share")
 default = COMMANDS[command].split(",")
 chosen = paths.split(",") if paths else default
@@ -374,5 +382,15 @@ elif command == "scaling":
     scale()
 elif command == "plot":
     plot()
+elif command == "estimate":
+    with torch.device("meta"):  # no memory
+        model = FlowTransformer(ModelConfig(vocab_size, block_size, n_layer, n_head, n_embd,
+                                            n_time))
+    total, E, head = (sum(p.numel() for p in module.parameters())
+                      for module in (model, model.embed, model.head))
+    step = tokens_per_step / speed
+    print(f"{nodes} x {gpus} GPUs, each {tokens_per_step:,} tokens in {step * 1000:.0f} ms; "
+          f"{total / 1e6:.1f} M gradients, {total * 4 / 1e9:.2f} GB in float32\n")
+    print(table(estimate(E, head, total - E - head, step, gpus, nodes)))
 else:
     compare()

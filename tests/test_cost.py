@@ -19,6 +19,7 @@ import flow
 import flowmap
 from baselines import ar, dense
 from eval import heads
+from eval.estimate import estimate, seconds
 from flow import Clock, cross_entropy, most_likely
 from flowmap import OBJECTIVES
 from lib.machine import Machine, generator
@@ -240,6 +241,30 @@ def test_the_network_compiles_into_one_graph(flow_map, L):
     explained = torch._dynamo.explain(net)(torch.randn(2, L, 16), *times)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
 
+
+# ------------------------------------------------------------------------------ several GPUs
+
+
+def test_a_ring_moves_so_many_numbers():
+    """Two GPUs of two nodes, 1 GB of float32: by hand. In a ring of n each passes n - 1 parts of
+    1/n on, twice: once to sum, once to share the sums."""
+    parts = lambda n: sum(1 / n for _ in range(2) for _ in range(n - 1))
+    assert seconds(0.25e9, 4, 2, 2, 10.0, 4.0) == pytest.approx(parts(2) / 10 + parts(2) / 4)
+    assert seconds(0.25e9, 4, 8, 1, 10.0, 4.0) == pytest.approx(parts(8) / 10)
+    row = estimate(10 ** 9, 10 ** 9, 10 ** 9, 3.0, 2, 1)[0]         # backward: 1 s
+    assert row["float32"]["all"] == pytest.approx(12 / 450)
+    assert row["float32"]["left"] == pytest.approx(4 / 450)         # of the embedding alone
+    slow = estimate(10 ** 9, 10 ** 9, 10 ** 9, 0.03, 2, 1)[0]["float32"]        # backward: 0.01 s
+    assert slow["left"] == pytest.approx(12 / 450 - 0.01) and slow["share"] == pytest.approx(
+        slow["left"] / (slow["left"] + 0.03))
+
+
+def test_estimate_from_end_to_end(monkeypatch, capsys):
+    inside(monkeypatch, "eval/bench.py", "estimate", "--gpus=8", "--nodes=4", "--vocab_size=100",
+           "--n_layer=1", "--n_head=2", "--n_embd=16")
+    said = capsys.readouterr().out
+    assert said.startswith("4 x 8 GPUs, each 4,096 tokens in 29 ms; 0.1 M gradients")
+    assert said.count("NVLink") == said.count("PCIe") == 3
 
 # ------------------------------------------------------------------------------ baselines
 

@@ -71,6 +71,54 @@ def test_the_gradient_does_not_depend_on_the_number_of_processes(toy, script, op
         assert [path.name for path in folder.glob("out*")] == ["out0"]
 
 
+# Where a network outgrows one GPU, fully_shard takes the place of DistributedDataParallel: around
+# each block, and around the module of the loss, which also uses E and the head by themselves.
+SHARDED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import flow
+from lib.machine import generator
+from model import FlowTransformer, ModelConfig
+
+class Loss(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, number):
+        rng = generator(number)
+        y, tau = torch.randint(50, (4, 8), generator=rng), torch.rand(4, generator=rng)
+        return flow.loss(self.net, flow.Clock(50), y, tau, rng)[0]
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+flow.SLICE = 5 * 50                                                 # several slices
+whole, sharded = (FlowTransformer(ModelConfig(50, 8, 2, 2, 16, n_time=8)).eval() for _ in range(2))
+for p in whole.parameters():
+    torch.nn.init.normal_(p, std=0.3)
+sharded.load_state_dict(whole.state_dict())
+loss, mesh = Loss(sharded), init_device_mesh("cpu", (2,))
+for block in sharded.blocks:
+    fully_shard(block, mesh=mesh)
+fully_shard(loss, mesh=mesh)
+loss(dist.get_rank()).backward()
+((Loss(whole)(0) + Loss(whole)(1)) / 2).backward()
+for (name, p), q in zip(whole.named_parameters(), sharded.parameters()):
+    assert torch.allclose(q.grad.full_tensor(), p.grad, atol=1e-6) and p.grad.norm() > 1e-3, name
+    assert q.to_local().numel() < p.numel(), name
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+def test_the_loss_of_a_sharded_network(tmp_path):
+    """Two processes that each keep half of every weight find the gradient of one that keeps all."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    assert quick_run(tmp_path / "sharded.py", processes=2).split() == ["equal"] * 2
+
+
 def test_two_agents(toy, tmp_path):
     """The command of the README for two nodes, on one."""
     port = free_port()
