@@ -267,7 +267,7 @@ while True:
                   f"by length 0..1: "
                   + " ".join(f"{x:.2f}" for x in bins[1:]).replace("nan", "-"), flush=True)
         if step > 0:
-            save(best=keep_best and log.lowest("val_loss", mean))
+            save(best=keep_best and log.lowest(mean))
             saved_at = step
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):

@@ -413,7 +413,7 @@ class SumBySlices(torch.autograd.Function):
         for part, *rest in slices(head, hidden.detach(), *tensors):
             with torch.enable_grad():
                 part.requires_grad_()                               # (n, d)
-                if half:
+                if half and len(part):
                     value, gradient, *more = in_float16(function, head, part, *rest)
                 else:
                     value = run(part, *rest)                        # (n, k)

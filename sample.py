@@ -153,7 +153,7 @@ for n_steps, with_flow in runs:
         if watch:
             watcher = Watch(encoding, E, kind, n_steps * max(1, refine), given[0])
             text = torch.tensor(generate(n_steps, with_flow, watcher=watcher)[0])
-            if guidance != 1:                   # the last guess was not guided; its greys neither
+            if guidance != 1:                   # the last guess was not guided, nor its greys
                 watcher.draw("guided", text, text >= 0, watcher.last[2])
         alone = min(timeit.repeat(lambda: generate(n_steps, with_flow, size=1), number=1, repeat=2))
         start = said = time.perf_counter()

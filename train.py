@@ -249,7 +249,7 @@ while True:
             print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: "
                   + " ".join(f"{x:.2f}" for x in bins).replace("nan", "-"), flush=True)
         if step > 0:
-            save(best=keep_best and log.lowest("val_loss", mean))
+            save(best=keep_best and log.lowest(mean))
             saved_at = step
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):

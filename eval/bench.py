@@ -201,7 +201,7 @@ def head_step(path, machine):
     def step():
         with machine.autocast():
             loss = (flow.cross_entropy(head, hidden, y)[0] if path == "ours"
-                    else getattr(heads, path)(head, hidden, y))
+                    else compiled(getattr(heads, path))(head, hidden, y))
         return torch.autograd.grad(loss, [hidden, *head.parameters()])
     return step
 
@@ -388,9 +388,9 @@ elif command == "estimate":
                                             n_time))
     total, E, head = (sum(p.numel() for p in module.parameters())
                       for module in (model, model.embed, model.head))
-    step = tokens_per_step / speed
+    step, last = tokens_per_step / speed, batch_size * block_size / speed
     print(f"{nodes} x {gpus} GPUs, each {tokens_per_step:,} tokens in {step * 1000:.0f} ms; "
           f"{total / 1e6:.1f} M gradients, {total * 4 / 1e9:.2f} GB in float32\n")
-    print(table(estimate(E, head, total - E - head, step, gpus, nodes)))
+    print(table(estimate(E, head, total - E - head, step, last, gpus, nodes)))
 else:
     compare()

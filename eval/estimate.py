@@ -24,14 +24,15 @@ def seconds(numbers: float, size: int, gpus: int, nodes: int, within: float, bet
     return numbers * size / 1e9 * (ring(gpus) / within + ring(nodes) / between)
 
 
-def estimate(embedding: int, head: int, others: int, step: float, gpus: int, nodes: int
-             ) -> list[dict]:
+def estimate(embedding: int, head: int, others: int, step: float, last: float, gpus: int,
+             nodes: int) -> list[dict]:
     """A row for each pair of links: the seconds that the sum takes in float32, those that are left
     when the backward pass has hidden what it can, and what is left as a share of the step; the same
-    in bfloat16. embedding, head, others: numbers of weights; step: seconds without other GPUs."""
+    in bfloat16. embedding, head, others: numbers of weights; step: seconds without other GPUs;
+    last: those of its last micro-step, the only one that sums."""
     # Of the three products with a weight, two are the backward pass's. The head has done its own
     # before that starts.
-    backward = step * 2 / 3 * others / (others + head)
+    backward = last * 2 / 3 * others / (others + head)
     rows = []
     for name, within in WITHIN.items():
         for other, between in BETWEEN.items() if nodes > 1 else [("", 1.0)]:

@@ -387,12 +387,15 @@ class Log:
             set_aside(checkpoint_path)
         kept = [record for record in read_log(path) if record["step"] <= step] if resumed else []
         write_lines(path, kept)
+        self.best = min((record["val_loss"] for record in kept if "val_loss" in record
+                         and record["step"] > 0 and path.with_suffix(".best.pt").exists()),
+                        default=math.inf)
 
-    def lowest(self, key: str, value: float) -> bool:
-        """Whether no checkpoint of the log had a lower value, or none was kept as the best."""
-        return bool(self.path) and (not self.path.with_suffix(".best.pt").exists() or value <= min(
-            (record[key] for record in read_log(self.path) if key in record and record["step"]),
-            default=value))
+    def lowest(self, val_loss: float) -> bool:
+        """Whether no checkpoint that was kept as the best had a lower one. This one is kept now."""
+        best = bool(self.path) and val_loss <= self.best
+        self.best = val_loss if best else self.best
+        return best
 
     def write(self, step: int, **values) -> None:
         if self.path:

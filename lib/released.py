@@ -8,7 +8,7 @@ evaluate and which is read here. A .safetensors file, their export to the Huggin
 (hf:owner/name), holds one set of weights, under names with or without `backbone.`.
 
 Three facts are not in the shapes. All of their networks have the same soft caps. The number of
-heads follows from the rotary buffer, else from a config.json beside the file, else from --n_head.
+heads follows from the rotary buffer, else from a config.json (`told_beside`), else from --n_head.
 The length is the one of config.json, else the published one, else --block_size. There is no
 vocabulary.
 """
@@ -124,8 +124,10 @@ def average_of(average: list, modules: tuple[dict, ...]) -> dict:
 
 def told_beside(path: str) -> tuple[int, int]:
     """The heads and the length in a config.json, at any depth of it; 0 if not there. It lies beside
-    the file or in the folder above, as in a repository of several networks."""
-    places = (folder / "config.json" for folder in Path(path).parents[:2])
+    the file, or above it in a repository that `fetch` got."""
+    folders = list(Path(path).parents[:3])
+    fetched = len(folders) == 3 and folders[2].name == "snapshots"  # hub/../snapshots/revision/..
+    places = (folder / "config.json" for folder in folders[:1 + fetched])
     config = next(filter(Path.is_file, places), None)
     if not config:
         return 0, 0

@@ -54,7 +54,8 @@ def configure(script: dict, argv: list[str]) -> dict:
         require_known(settings, key, "on the command line")
         if not has_value and (not argv or argv[0].startswith("--")):
             if type(settings[key]) is not bool:
-                fail(f"--{key} needs a value, such as --{key}={settings[key] or '...'}")
+                example = "..." if settings[key] == "" else settings[key]
+                fail(f"--{key} needs a value, such as --{key}={example}")
             value = "true"
         elif not has_value:
             value = argv.pop(0)

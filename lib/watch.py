@@ -14,7 +14,7 @@ from torch import Tensor
 from flow import Given, most_likely
 from flowmap import confidence
 
-PAUSE, WHOLE = 0.1, 1.0          # seconds a frame stays, and all of a text at least: one step, too
+PAUSE, WHOLE = 0.1, 1.0          # seconds that a frame stays, that all of a text take at least
 
 
 class Watch:

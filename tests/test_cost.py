@@ -117,8 +117,8 @@ def test_a_compiled_head_has_the_same_loss(monkeypatch):
 
 def test_rows_of_logits_are_padded_on_a_gpu(monkeypatch):
     """With the same logits and gradients. A CPU says here that it is one."""
-    head, hidden, found = network(V=70).head, torch.randn(3, 5, 16, requires_grad=True), []
-    y = 4 * torch.arange(15).view(3, 5)
+    head, hidden, found = network(V=70).head, torch.randn(52, 5, 16, requires_grad=True), []
+    y = torch.randint(70, (52, 5))
     for gpu in (False, True):
         monkeypatch.setattr(torch.Tensor, "is_cuda", gpu)
         loss = cross_entropy(head, hidden, y)[0]
@@ -251,12 +251,12 @@ def test_a_ring_moves_so_many_numbers():
     parts = lambda n: sum(1 / n for _ in range(2) for _ in range(n - 1))
     assert seconds(0.25e9, 4, 2, 2, 10.0, 4.0) == pytest.approx(parts(2) / 10 + parts(2) / 4)
     assert seconds(0.25e9, 4, 8, 1, 10.0, 4.0) == pytest.approx(parts(8) / 10)
-    row = estimate(10 ** 9, 10 ** 9, 10 ** 9, 3.0, 2, 1)[0]         # backward: 1 s
+    row = estimate(10 ** 9, 10 ** 9, 10 ** 9, 3.0, 3.0, 2, 1)[0]         # backward: 1 s
     assert row["float32"]["all"] == pytest.approx(12 / 450)
     assert row["float32"]["left"] == pytest.approx(4 / 450)         # of the embedding alone
-    slow = estimate(10 ** 9, 10 ** 9, 10 ** 9, 0.03, 2, 1)[0]["float32"]        # backward: 0.01 s
+    slow = estimate(10 ** 9, 10 ** 9, 10 ** 9, 0.3, 0.03, 2, 1)[0]["float32"]   # backward: 0.01 s
     assert slow["left"] == pytest.approx(12 / 450 - 0.01) and slow["share"] == pytest.approx(
-        slow["left"] / (slow["left"] + 0.03))
+        slow["left"] / (slow["left"] + 0.3))
 
 
 def test_estimate_from_end_to_end(monkeypatch, capsys):

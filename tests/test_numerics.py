@@ -326,6 +326,14 @@ def test_the_head_s_gradient_in_float16(size, bias, V):
     assert error(rare, exact) < 0.01
 
 
+def test_no_tokens_in_float16():
+    """A batch without a diagonal has a slice of none."""
+    head, hidden = Head(ModelConfig(3, 8, n_head=4, n_embd=8)), torch.zeros(0, 8, 8)
+    with torch.autocast("cpu", torch.float16):
+        total, _ = cross_entropy(head, hidden.requires_grad_(), torch.zeros(0, 8).long())
+    assert torch.autograd.grad(total.nan_to_num(), hidden)[0].shape == (0, 8, 8)
+
+
 def test_time_embedding_is_not_in_16_bits():
     """A step of tau of 1/1024 must move it by more than rounding does."""
     torch.manual_seed(0)

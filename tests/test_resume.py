@@ -287,13 +287,17 @@ def test_keeps_the_checkpoint_before_and_the_best(toy, tmp_path, monkeypatch):
     replaced = lambda log: ckpt.read_log(log.path)[-1]["val_loss"]
     monkeypatch.setattr(ckpt.Log, "write", lambda self, step, **values: write(
         self, step, **values | ({"val_loss": next(losses)} if "val_loss" in values else {})))
-    monkeypatch.setattr(ckpt.Log, "lowest", lambda self, key, _: lowest(self, key, replaced(self)))
+    monkeypatch.setattr(ckpt.Log, "lowest", lambda self, _: lowest(self, replaced(self)))
     steps = lambda: {name: torch.load(tmp_path / f"flm{name}.pt")["step"]
                      for name in ("", ".prev", ".best")}
     inside(monkeypatch, *words, "--max_iters=9", "--eval_interval=3")
     assert steps() == {"": 9, ".prev": 6, ".best": 3}
     inside(monkeypatch, *words, "--init_from=resume", "--max_iters=15", "--eval_interval=3")
     assert steps() == {"": 15, ".prev": 12, ".best": 12}
+    (tmp_path / "flm.best.pt").unlink()                             # as if not asked for until now
+    losses = iter([6.0, 5.5])
+    inside(monkeypatch, *words, "--init_from=resume", "--max_iters=21", "--eval_interval=3")
+    assert steps() == {"": 21, ".prev": 18, ".best": 21}
     monkeypatch.undo()
     inside(monkeypatch, *words, "--max_iters=3")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
