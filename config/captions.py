@@ -9,6 +9,7 @@
 out_dir = "out/captions"
 dataset = "captions"
 block_size = 16
+context_share = 0.3              # for prompts and blanks
 batch_size = 256
 max_iters = 3000                 # 9 epochs of 82,000 captions
 learning_rate = 3e-3

@@ -42,7 +42,7 @@ TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "self": "flm"} | dict.fro
 PUBLISHED = ["--diagonal_share=0.5", "--full_jump_share=0.03125", "--full_jump_ramp=false",
              "--split=0.5", "--teacher_temperature=1"]
 SAMPLERS = {"gamma": ("flm", "--gamma=0.9")}                        # another way to sample a model
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3)
 SHORT, LONG = 1 / 4, 4           # shares of the steps: to find a rate, and of psd-long
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]   # important ones first
 ABLATIONS = ["psd-short", "self-short", "psd_published-short", "lsd_published-short",

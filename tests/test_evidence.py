@@ -193,8 +193,8 @@ class Programs:
 
 
 @pytest.mark.parametrize("best, diverging, tried", [
-    (0.002, "", [0.001, 0.002, 0.004]), (0.008, "", [0.001, 0.002, 0.004, 0.008, 0.016]),
-    (0.008, "0.008", [0.001, 0.002, 0.004, 0.008]),
+    (0.002, "", [0.001, 0.002, 0.004]), (0.008, "", [0.002, 0.004, 0.008, 0.016]),
+    (0.008, "0.008", [0.002, 0.004, 0.008]),
     (0.0005, "0.004", [0.00025, 0.0005, 0.001, 0.002, 0.004])])
 def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(
         tmp_path, monkeypatch, best, diverging, tried):
