@@ -346,7 +346,7 @@ def test_numbers_of_the_prose_are_in_the_results():
         inside = inside if isinstance(inside, list) else ()
         of_parts = [leaf for part in inside for leaf in leaves(part)]
         return [x] if isinstance(x, (int, float)) else of_parts
-    files = [json.loads(file.read_text()) for name in ("palindromes", "stories", "captions")
+    files = [json.loads(file.read_text()) for name in ("palindromes", "stories", "captions", "chat")
              for file in (ROOT / "results" / name).glob("*.json")]
     if not files:
         pytest.skip("no measurements in results/")
