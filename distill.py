@@ -156,7 +156,7 @@ if checkpoint:
 else:
     student = ckpt.build_model(source, machine.device, flow_map=True, dropout=dropout)
 student.embed.weight.requires_grad_(False)
-student.head.compiled = compile
+student.head.compiled = compile                                     # its loss, too
 ema = copy.deepcopy(student).eval()
 clock_embedding_share = source["clock_embedding_share"]
 del source                                                          # its memory
@@ -267,7 +267,7 @@ while True:
                   f"by length 0..1: "
                   + " ".join(f"{x:.2f}" for x in bins[1:]).replace("nan", "-"), flush=True)
         if step > 0:
-            save(best=keep_best and log.lowest(mean))
+            save(best=keep_best and log.new_best(mean))
             saved_at = step
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):

@@ -20,7 +20,7 @@ with itself and with a flow language model:
 
 Losses are KL divergences to targets without gradient (the diagonal's, without a teacher: to data).
 `student` and `target_net` are callables (z, tau_s, tau_t) -> hidden with `head` and `embed.weight`;
-LSD and ESD differentiate them in forward mode, which PyTorch can only with attention="math".
+LSD and ESD differentiate them in forward mode, which needs attention="math".
 `teacher` is (z, tau) -> hidden with `head`. All share one frozen E, so that they see the same
 noisy state. Start with `loss` and `sample`.
 """

@@ -149,7 +149,7 @@ else:
         model = FlowTransformer(ModelConfig(vocab_size, **model_args)).to(machine.device)
     except ValueError as error:
         fail(str(error))
-model.head.compiled = compile
+model.head.compiled = compile                                       # its loss, too
 ema = copy.deepcopy(model).eval()
 clock = Clock(model.config.vocab_size, n_embd, clock_embedding_share, machine.device)
 
@@ -249,7 +249,7 @@ while True:
             print(f"step {step}: validation loss {mean:.3f}; by tau 0..1: "
                   + " ".join(f"{x:.2f}" for x in bins).replace("nan", "-"), flush=True)
         if step > 0:
-            save(best=keep_best and log.lowest(mean))
+            save(best=keep_best and log.new_best(mean))
             saved_at = step
         progress.restart(step)
     if step >= max_iters or progress.should_stop(machine):

@@ -391,7 +391,7 @@ class Log:
                          and record["step"] > 0 and path.with_suffix(".best.pt").exists()),
                         default=math.inf)
 
-    def lowest(self, val_loss: float) -> bool:
+    def new_best(self, val_loss: float) -> bool:
         """Whether no checkpoint that was kept as the best had a lower one. This one is kept now."""
         best = bool(self.path) and val_loss <= self.best
         self.best = val_loss if best else self.best

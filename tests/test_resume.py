@@ -283,11 +283,11 @@ def test_keeps_the_checkpoint_before_and_the_best(toy, tmp_path, monkeypatch):
     all of them aside."""
     words = ["train.py", *toy[1], *TINY, "--keep_best", f"--out_dir={tmp_path}"]
     losses = iter([1.0, 3.0, 5.0, 4.0, 2.5, 3.5])
-    write, lowest = ckpt.Log.write, ckpt.Log.lowest
+    write, lowest = ckpt.Log.write, ckpt.Log.new_best
     replaced = lambda log: ckpt.read_log(log.path)[-1]["val_loss"]
     monkeypatch.setattr(ckpt.Log, "write", lambda self, step, **values: write(
         self, step, **values | ({"val_loss": next(losses)} if "val_loss" in values else {})))
-    monkeypatch.setattr(ckpt.Log, "lowest", lambda self, _: lowest(self, replaced(self)))
+    monkeypatch.setattr(ckpt.Log, "new_best", lambda self, _: lowest(self, replaced(self)))
     steps = lambda: {name: torch.load(tmp_path / f"flm{name}.pt")["step"]
                      for name in ("", ".prev", ".best")}
     inside(monkeypatch, *words, "--max_iters=9", "--eval_interval=3")
