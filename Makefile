@@ -1,4 +1,4 @@
-# make demo         from nothing to stories in one step, on a laptop: environment, data, flow, flow map
+# make demo         from nothing to stories in one step, on a laptop: environment, data, flow, map, mending
 # make walkthrough  the whole method in one file of 200 lines, 3.5 minutes on two cores
 # make test         ruff and the tests
 # make evidence     every model and baseline, measured: hours; stop and repeat it as you like
@@ -30,6 +30,8 @@ demo:
 	$(RUN) train.py config/stories.py --out_dir=$(OUT) $(ARGS)
 	@echo; echo "== The flow map: the same in one step"
 	$(RUN) distill.py config/distill_stories.py --out_dir=$(OUT) $(ARGS)
+	@echo; echo "== Its own texts, mended: more of them right after one step"
+	$(RUN) distill.py config/mend_stories.py --out_dir=$(OUT) $(ARGS)
 	@echo; echo "== How they learned"
 	$(RUN) eval/plot.py --out_dir=$(OUT)
 	@echo; echo "== What they write, from the same noise"

@@ -33,12 +33,14 @@ from flow import Clock, draw_known, noise_factor, stratified
 from lib import checkpoint as ckpt
 from lib.machine import (DROPOUT, NOISE, TIMES, VAL_NOISE, VAL_TIMES, Machine, Progress, generator,
                          mix)
+from lib.mend import mending_loss
 from lib.optim import Muon, learning_rate_at
 
 # -- input and output
-out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
+out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt (or mended.pt) and .jsonl, the log
 dataset = "stories"              # must have the vocabulary that the FLM was trained on
-teacher_path = ""                # the FLM, ours or a released one; "" = out_dir/flm.pt
+teacher_path = ""                # the FLM, ours or a released one; "" = out_dir/flm.pt, or for mend
+                                 # the flow map to go on with, out_dir/fmlm.pt
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
 n_head = 0                       # of a released teacher that does not say it
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
@@ -49,6 +51,8 @@ eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
+mend = False                     # ours: a second stage, for better texts in one step: lib/mend.py
+noise_scale = 1.0                # of mend: the size of the noise, in sampling, too
 objective = "psd"                # or lsd, esd: they differentiate in tau; train with time_scale = 1
 self_distill = False             # the diagonal learns from the data; the start is still the FLM
 teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
@@ -86,13 +90,18 @@ require_trainable(settings)
 require_in(settings, "[0, 1)", "diagonal_share")
 require_in(settings, "[0, 1]", "full_jump_share", "context_share")
 require_in(settings, "(0, 1)", "split")
-require_in(settings, "(0, inf)", "teacher_temperature")
+require_in(settings, "(0, inf)", "teacher_temperature", "noise_scale")
 require_in(settings, "[0, inf)", "block_size", "n_head")
 n_diagonal = round(diagonal_share * batch_size)
 if n_diagonal == batch_size or (diagonal_share and not n_diagonal):
     fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for "
          f"{'jumps' if n_diagonal else 'the diagonal'}")
-if objective == "psd" and not n_diagonal:
+if mend and (n_diagonal or self_distill or objective != "psd" or batch_size == 1):
+    fail("mend has a loss of its own, on drafts of two networks; set diagonal_share=0, batch_size "
+         "above 1, and leave out objective and self_distill")
+if noise_scale != 1 and not mend:
+    fail("noise_scale is for mend; add --mend=true")
+if objective == "psd" and not n_diagonal and not mend:
     fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")
 if self_distill and teacher_temperature != 1:
     fail("self_distill learns from the data, not from a teacher; add --teacher_temperature=1")
@@ -108,9 +117,9 @@ sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 # ------------------------------------------------------------------------------ teacher, data
 
-path = Path(out_dir) / "fmlm.pt"
-teacher_path = teacher_path or str(Path(out_dir) / "flm.pt")
-source = ckpt.load_checkpoint(teacher_path, "flm", trust_checkpoint, n_head)
+path, kind = Path(out_dir) / ("mended.pt" if mend else "fmlm.pt"), "fmlm" if mend else "flm"
+teacher_path = teacher_path or str(Path(out_dir) / f"{kind}.pt")
+source = ckpt.load_checkpoint(teacher_path, kind, trust_checkpoint, n_head)
 block_size = ckpt.set_length(source, block_size, teacher_path)
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
@@ -121,12 +130,13 @@ if context_share and not source["model_config"].get("context"):
 
 def draw_times(micro_steps: int, full_share: float, rng: torch.Generator):
     """tau_s and tau_t, (micro_steps, B) each: the first n_diagonal of a batch are equal, the others
-    jumps. All are stratified over the optimizer step."""
+    jumps, with mend to the end. All are stratified over the optimizer step."""
     n_jumps = micro_steps * (batch_size - n_diagonal)
     diagonal = stratified(micro_steps * n_diagonal, rng).view(micro_steps, -1)
     length, place, u = (stratified(n_jumps, rng) for _ in range(3))
     jumps = [tau.view(micro_steps, -1)
              for tau in flowmap.off_diagonal_times(length, place, u < full_share)]
+    jumps[1] = torch.ones_like(jumps[0]) if mend else jumps[1]
     return [torch.cat([diagonal, tau], dim=1).float() for tau in jumps]
 
 
@@ -142,9 +152,9 @@ def batch(n: int):
 
 # ------------------------------------------------------------------------------ student
 
-fixed = ("block_size", "objective", "self_distill", "teacher_temperature", "diagonal_share",
-         "full_jump_share", "full_jump_ramp", "split", "context_share", "target_ema", "dropout",
-         *ckpt.FIXED)
+fixed = ("block_size", "mend", "noise_scale", "objective", "self_distill", "teacher_temperature",
+         "diagonal_share", "full_jump_share", "full_jump_ramp", "split", "context_share",
+         "target_ema", "dropout", *ckpt.FIXED)
 checkpoint = ckpt.load_resumable(path, "fmlm", init_from, settings, fixed, machine)
 torch.manual_seed(seed)
 teacher = ckpt.build_model(source, machine.device)
@@ -168,6 +178,9 @@ teacher = torch.compile(teacher, dynamic=False) if compile else teacher
 
 def loss_of(net, target_net, y, tau_s, tau_t, rng, known=None):
     with machine.autocast():
+        if mend:
+            return mending_loss(net, target_net, teacher, clock, y, tau_s, rng, noise_scale, factor,
+                                known)
         return flowmap.loss(net, target_net, None if self_distill else teacher, clock, objective, y,
                             tau_s, tau_t, rng, n_diagonal, factor, split, teacher_temperature,
                             known)
@@ -215,8 +228,9 @@ def save(best: bool = False) -> None:
             model=student.state_dict(), ema=ema.state_dict(), settings=settings,
             optimizers=[opt.state_dict() for opt in optimizers],
             scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
-            train_tokens=len(data.tokens), tokenizer=data.tokenizer, layout=data.layout,
-            vocabulary=data.meta["tokenizer"], checker=data.meta.get("checker")))
+            noise_scale=noise_scale, train_tokens=len(data.tokens), tokenizer=data.tokenizer,
+            layout=data.layout, vocabulary=data.meta["tokenizer"],
+            checker=data.meta.get("checker")))
 
 
 FULL_JUMPS_IN_VALIDATION = 1 / 8  # of the jumps, whatever the share in training: enough for a mean

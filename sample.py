@@ -8,9 +8,9 @@
     python sample.py --out_dir=out/owt --num_samples=64 --out=samples.jsonl
     python sample.py --init_from=owt_fmlm.ckpt --trust_checkpoint   # a checkpoint of the authors
 
-Reads out_dir/fmlm.pt, or flm.pt if there is no flow map yet. Needs no data folder: the tokenizer is
-in the checkpoint. Prints a table, a row for each number of steps, then the texts, those from the
-same noise together. If the set has a checker, wrong texts end with what is wrong.
+Reads out_dir/mended.pt, or fmlm.pt, or flm.pt, the first there is. Needs no data folder: the
+tokenizer is in the checkpoint. Prints a table, a row for each number of steps, then the texts,
+those from the same noise together. If the set has a checker, wrong texts end with what is wrong.
 """
 
 import itertools
@@ -20,7 +20,7 @@ import time
 import timeit
 from pathlib import Path
 
-from lib.settings import configure, fail, parse_numbers, require_choice, require_in
+from lib.settings import configure, fail, parse_numbers, require_in, require_sampling
 import torch  # after lib.settings, which says how its threads wait
 
 import flow
@@ -38,7 +38,7 @@ init_from = ""                   # a checkpoint instead: ours, or one the author
 trust_checkpoint = False         # read it although it holds Python objects besides tensors
 n_head = 0                       # of a released checkpoint that does not say it
 vocabulary = ""                  # of a released checkpoint: vocab.txt, tokenizer.json; "" = GPT-2
-model = "auto"                   # fmlm, flm, or auto: fmlm if there is one
+model = "auto"                   # fmlm, flm, or auto: fmlm if there is one, mended or not
 steps = "1"                      # network evaluations per text; several as 1,2,4,8
 flow_steps = 0                   # also decode the same noise with the flow, in this many steps
 num_samples = 4                  # for each pattern, where fill is a file
@@ -60,25 +60,8 @@ seed = 1
 
 settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
-require_in(settings, "[1, inf)", "num_samples")
-require_in(settings, "[0, inf)", "block_size", "n_head", "seed")
-require_in(settings, "[0, 1000000]", "flow_steps")
-require_in(settings, "[0, 1]", "gamma")
-require_in(settings, "[1e-3, 1e3]", "temperature", "guidance")  # beyond, float32 overflows
-require_in(settings, "(0, 1)", "weak_dropout")
-require_choice("model", model, ("auto", "flm", "fmlm"))
-require_choice("order", order, ("confidence", "random"))
+require_sampling(settings)
 wanted = parse_numbers("steps", steps, int, "1,2,4,8")
-if flow_steps and init_from:
-    fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out init_from")
-if refine and (gamma or temperature != 1 or guidance != 1 or flow_steps):
-    fail("refine goes with none of gamma, temperature, guidance and flow_steps; leave them out")
-if order == "random" and not refine:
-    fail("order=random is for refining; add --refine=8, say")
-if (weak or weak_dropout != 0.1) and guidance == 1:
-    fail("weak and weak_dropout are for guidance; add --guidance=2, say")
-if weak and (flow_steps or weak_dropout != 0.1):
-    fail("weak goes with neither flow_steps nor weak_dropout; leave them out")
 patterns = read_patterns(prompt, fill)
 if out:
     if Path(out).suffix != ".jsonl":
@@ -129,7 +112,8 @@ given = torch.tensor(given, device=machine.device)                  # (n, L), -1
 def generate(n_steps, with_flow, number=0, group=0, size=GROUP, watcher=None):
     """The tokens of the texts of a group, as lists, of the pattern of that number."""
     rng = generator(seed, SAMPLE_NOISE, group + (number << 32), device=machine.device)
-    noise = lambda: flow.latent_noise(E, (size, L), rng, factor)    # (B, L, d)
+    scale = 1 if with_flow else checkpoint.get("noise_scale", 1)
+    noise = lambda: scale * flow.latent_noise(E, (size, L), rng, factor)        # (B, L, d)
     first = lambda: watcher.noise(noise()) if watcher else noise()
     y, known = (row.expand(size, -1) for row in (given[number].clamp_min(0), given[number] >= 0))
     if refine:

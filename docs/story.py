@@ -110,10 +110,11 @@ def empty(panels: int) -> Image.Image:
 
 rng = generator(seed, SAMPLE_NOISE, 0)
 noise = lambda: flow.latent_noise(E, (64, L), rng)                  # (B, L, d)
+scale = files["fmlm"].get("noise_scale", 1)                         # of a mended map
 z, FLOW, MAP = noise(), "#1f5fa8", "#c2410c"
 by_flow, by_map = first_good(
     guesses_of(lambda watch: flow.sample(nets["flm"], clock, z, steps, watch=watch)),
-    guesses_of(lambda watch: flowmap.sample(nets["fmlm"], clock, z, 1, watch=watch)))
+    guesses_of(lambda watch: flowmap.sample(nets["fmlm"], clock, scale * z, 1, watch=watch)))
 frames = []
 for i, guess in enumerate(by_flow):
     frames.append(empty(2))
@@ -124,7 +125,8 @@ save("story.gif", frames, [120] * (len(frames) - 1) + [4000])
 if all(file["settings"].get("context_share") for file in files.values()):
     rng = generator(seed, SAMPLE_NOISE, 1)
     mended, = first_good(guesses_of(
-        lambda watch: flowmap.refine(nets["fmlm"], clock, noise, rounds, watch=watch)), mended=True)
+        lambda watch: flowmap.refine(nets["fmlm"], clock, lambda: scale * noise(), rounds,
+                                     watch=watch)), mended=True)
     frames = []
     for i, guess in enumerate(mended):
         frames.append(empty(1))

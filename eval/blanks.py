@@ -79,13 +79,14 @@ def samplers(checkpoint: dict, net) -> Iterator[tuple[str, Callable]]:
                 net, None, *y.shape, n, rng, y=y, known=known)
         return
     clock = flow.Clock(*E.shape, checkpoint["clock_embedding_share"], machine.device)
-    factor = flow.noise_factor(E)
+    factor, scale = flow.noise_factor(E), checkpoint.get("noise_scale", 1)      # of a mended map
+    noise = lambda y, rng: scale * flow.latent_noise(E, y.shape, rng, factor)
     sample = flowmap.sample if kind == "fmlm" else flow.sample
     yield kind, lambda y, known, n, rng: sample(
-        flow.Given(net, y, known), clock, flow.latent_noise(E, y.shape, rng, factor), n)
+        flow.Given(net, y, known), clock, noise(y, rng), n)
     if kind == "fmlm":
         yield "fmlm, refined", lambda y, known, n, rng: flowmap.refine(
-            net, clock, lambda: flow.latent_noise(E, y.shape, rng, factor), n, y=y, known=known)
+            net, clock, lambda: noise(y, rng), n, y=y, known=known)
 
 
 rows = []

@@ -5,7 +5,7 @@
 Prints them, a line a curve from the first step to the last, and, where there is matplotlib, draws
 out_dir/loss.png. First the flow's cross-entropy by tenths of tau: early times are hard, late ones
 (nearly clean text) easy. Then the flow map's loss by tenths of the length of a jump, and that of
-the diagonal.
+the diagonal. Then, of a mended map, the cross-entropy of mended drafts.
 """
 
 import sys
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the top fo
 from lib.checkpoint import read_log, replace_file
 from lib.settings import configure, fail
 
-out_dir = "out/stories"          # reads flm.jsonl and fmlm.jsonl here, writes loss.png
+out_dir = "out/stories"          # reads flm, fmlm and mended.jsonl here, writes loss.png
 
 settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
@@ -24,7 +24,8 @@ BARS = "▁▂▃▄▅▆▇█"
 panels = []                                                         # title, steps, {label: losses}
 for name, bins, label, title in (
         ("flm.jsonl", "val_loss_by_tau", "tau", "Flow: cross-entropy"),
-        ("fmlm.jsonl", "val_loss_by_length", "jump", "Flow map: loss of jumps by length")):
+        ("fmlm.jsonl", "val_loss_by_length", "jump", "Flow map: loss of jumps by length"),
+        ("mended.jsonl", "val_loss_by_length", "jump", "Mended map: loss of jumps to the end")):
     records = [record for record in read_log(Path(out_dir) / name) if bins in record]
     curves = {f"{label} {i / 10:.1f} to {(i + 1) / 10:.1f}": [record[bins][i] for record in records]
               for i in range(10)}

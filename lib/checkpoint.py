@@ -171,16 +171,18 @@ def load_checkpoint(path: Path | str, kind: str = "", trust: bool = False, n_hea
 
 def find_network(out_dir: str, init_from: str, model: str, trust: bool, n_head: int
                  ) -> tuple[str | Path, Path, dict]:
-    """For sample.py: the path of what to sample (init_from, or out_dir's flow map, or its flow
-    where there is no map or `model` asks for it), that of the flow in out_dir, and the checkpoint.
-    Without any of the two settings, and before something was trained, weights/stories. Says what it
-    chose where that may surprise; exits when it is missing or a baseline."""
+    """For sample.py: the path of what to sample (init_from, or out_dir's flow map, the mended one
+    if there is one, or its flow where there is no map or `model` asks for it), that of the flow in
+    out_dir, and the checkpoint. Without any of the two settings, and before something was trained,
+    weights/stories. Says what it chose where that may surprise; exits when it is missing or a
+    baseline."""
     if not out_dir:
         out_dir, shipped = "out/stories", Path(sys.argv[0]).parent / "weights" / "stories"
         if not init_from and shipped.exists() and not list(Path(out_dir).glob("f*lm.pt")):
             print(f"nothing trained in {out_dir} yet; reading {shipped}", file=sys.stderr)
             out_dir = shipped
-    flow_path, map_path = Path(out_dir) / "flm.pt", Path(out_dir) / "fmlm.pt"
+    flow_path, mended_path = Path(out_dir) / "flm.pt", Path(out_dir) / "mended.pt"
+    map_path = mended_path if mended_path.exists() else Path(out_dir) / "fmlm.pt"
     if init_from:
         checkpoint = load_checkpoint(init_from, model.replace("auto", ""), trust, n_head)
         if checkpoint["kind"] not in KINDS:

@@ -140,6 +140,31 @@ def require_trainable(settings: dict) -> None:
              f"min_lr={settings['min_lr']}; lower min_lr, or set schedule=constant")
 
 
+def require_sampling(settings: dict) -> None:
+    """The ranges of sample.py's settings, and which of them go together."""
+    require_in(settings, "[1, inf)", "num_samples")
+    require_in(settings, "[0, inf)", "block_size", "n_head", "seed")
+    require_in(settings, "[0, 1000000]", "flow_steps")
+    require_in(settings, "[0, 1]", "gamma")
+    require_in(settings, "[1e-3, 1e3]", "temperature", "guidance")  # beyond, float32 overflows
+    require_in(settings, "(0, 1)", "weak_dropout")
+    require_choice("model", settings["model"], ("auto", "flm", "fmlm"))
+    require_choice("order", settings["order"], ("confidence", "random"))
+    refine, flow_steps, weak = settings["refine"], settings["flow_steps"], settings["weak"]
+    guided, other_dropout = settings["guidance"] != 1, settings["weak_dropout"] != 0.1
+    if flow_steps and settings["init_from"]:
+        fail("flow_steps compares a flow map in out_dir with the flow beside it; leave out "
+             "init_from")
+    if refine and (settings["gamma"] or settings["temperature"] != 1 or guided or flow_steps):
+        fail("refine goes with none of gamma, temperature, guidance and flow_steps; leave them out")
+    if settings["order"] == "random" and not refine:
+        fail("order=random is for refining; add --refine=8, say")
+    if (weak or other_dropout) and not guided:
+        fail("weak and weak_dropout are for guidance; add --guidance=2, say")
+    if weak and (flow_steps or other_dropout):
+        fail("weak goes with neither flow_steps nor weak_dropout; leave them out")
+
+
 def parse_numbers(name: str, text: str, kind: type, example: str) -> list:
     """"1,2,4" -> [1, 2, 4]. Exits unless all are of that kind, positive and at most a million."""
     try:

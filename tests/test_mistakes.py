@@ -86,6 +86,8 @@ PARTS = dict(  # of several messages
     local="on the Hub (OfflineModeIsEnabled); without a network, give a local copy with --file",
     weak="weak goes with neither flow_steps nor weak_dropout; leave them out",
     unguided="weak and weak_dropout are for guidance; add --guidance=2, say",
+    mend="mend has a loss of its own, on drafts of two networks; set diagonal_share=0, batch_size "
+         "above 1, and leave out objective and self_distill",
     wants_map="is a flow (FLM, from train.py); what is needed here is a flow map (FMLM, from "
               "distill.py)",
     wants_flow="is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from "
@@ -140,6 +142,12 @@ CASES = [
      "diagonal_share=0.5 of batch_size=1 leaves no row for the diagonal"),
     ("distill.py --diagonal_share=0",
      "objective=psd learns the flow from the diagonal alone; set diagonal_share above 0"),
+    ("distill.py --mend --diagonal_share=0 --objective=lsd", "{mend}"),
+    ("distill.py --mend", "{mend}"),
+    ("distill.py --mend --diagonal_share=0 --self_distill", "{mend}"),
+    ("distill.py --noise_scale=0.5", "noise_scale is for mend; add --mend=true"),
+    ("distill.py --mend --diagonal_share=0 --out_dir={toy}/out --teacher_path={toy}/out/flm.pt",
+     "{toy}/out/flm.pt {wants_map}"),
     ("distill.py --self_distill --teacher_temperature=1.2",
      "self_distill learns from the data, not from a teacher; add --teacher_temperature=1"),
     ("distill.py --full_jump_share=-0.5", "full_jump_share=-0.5: must lie in [0, 1]"),

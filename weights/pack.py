@@ -1,6 +1,6 @@
 """Make small checkpoints of a finished run: only the averaged weights, in bfloat16.
 
-    python weights/pack.py out/stories weights/stories      # flm.pt and fmlm.pt
+    python weights/pack.py out/stories weights/stories      # flm.pt; mended.pt or fmlm.pt
 
 sample.py, distill.py (as a teacher) and eval/evaluate.py read them like others.
 """
@@ -18,7 +18,10 @@ if len(sys.argv) != 3:
     fail("name a run's out_dir and a folder to write, such as out/stories weights/stories")
 source, target = map(Path, sys.argv[1:])
 for kind in ("flm", "fmlm"):
-    checkpoint = load_checkpoint(source / f"{kind}.pt", kind)
+    path = source / f"{kind}.pt"
+    if kind == "fmlm" and (source / "mended.pt").exists():
+        path = source / "mended.pt"
+    checkpoint = load_checkpoint(path, kind)
     small = {key: value for key, value in checkpoint.items()
              if key not in ("model", "optimizers", "scaler")}
     small["ema"] = {name: p.bfloat16() for name, p in checkpoint["ema"].items()}

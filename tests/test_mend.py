@@ -1,0 +1,122 @@
+"""python -m pytest tests/test_mend.py
+
+Mending, the second stage of distillation: the loss in loops, what the exact flow map makes of wrong
+drafts, and the way from a flow map to a mended one through the programs."""
+
+import math
+
+import pytest
+import torch
+from programs import log, quick_run
+from test_context import Exact, Independent, network, some_known
+from test_flowmap import CLOCK, V
+
+import flow
+import flowmap
+from lib import checkpoint as ckpt
+from lib.machine import SAMPLE_NOISE, generator
+from lib.mend import EARLIEST, LATEST, ROUNDS, mending_loss
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+@pytest.mark.parametrize("told", [False, True])
+def test_loss_in_loops(told, scale):
+    """Row by row: a draft, of the flow map in the first half and of the draft network in the
+    second, is mixed with the state it came from, and jumped on from. Known tokens are put back
+    before every jump, and are not learned. Only the student has a gradient."""
+    B, L = 6, 5
+    flow_map = network(True, told)
+    E = flow_map.embed.weight.detach()
+    student, draft_net = (network(True, told, E) for _ in range(2))
+    y, known = some_known(B, L)
+    tau = torch.tensor([0, 0.3, 0.9, 0, 0.6, 0.2], dtype=torch.float64)
+    mean, losses, cut = mending_loss(student, draft_net, flow_map, CLOCK, y, tau, generator(3),
+                                     scale, known=known if told else None)
+    rng = generator(3)
+    z0 = scale * flow.latent_noise(E, (B, L), rng)
+    parts = [torch.rand(B, generator=rng, dtype=torch.float64) for _ in range(ROUNDS)]
+    extra = dict(known=known[:1]) if told else {}
+
+    def jump(net, z, start, b):
+        if told:
+            extra["known"] = known[b:b + 1]
+            z = torch.where(known[b, :, None], E[y[b]], z)
+        return net.head(net(z[None], *(torch.tensor([x], dtype=torch.float64)
+                                       for x in (start, 1)), **extra))[0]
+    for b in range(B):
+        t = CLOCK.t_of_tau(tau[b]).item()
+        z = (1 - t) * z0[b] + t * E[y[b]]
+        x = jump(flow_map if b < 3 else draft_net, z, tau[b], b).argmax(-1)
+        for part in parts:
+            later = tau[b] + (1 - tau[b]) * (EARLIEST + (LATEST - EARLIEST) * part[b])
+            h = (CLOCK.t_of_tau(later).item() - t) / (1 - t)
+            x = jump(flow_map, (1 - h) * z + h * E[x], later, b).argmax(-1)
+        log_p = jump(student, z, tau[b], b).log_softmax(-1)
+        for place in range(L):
+            expected = 0 if told and known[b, place] else -log_p[place, x[place]].item()
+            assert losses[b, place].item() == pytest.approx(expected, abs=1e-6)
+    assert mean.item() == pytest.approx(losses.mean().item()) and not cut.any()
+    mean.backward()
+    assert student.head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for net in (draft_net, flow_map) for p in net.parameters())
+
+
+def test_the_exact_flow_map_mends_every_draft():
+    """Texts of two equal tokens. Drafts of independent tokens are wrong two times in three, and
+    none of them is after mending. All three texts remain."""
+    class Student:
+        """Its loss of a token tells which it is: logits 0, 1, 2 for every place."""
+        head = torch.nn.Identity()
+
+        def __call__(self, z, *times, known):
+            return torch.arange(3, dtype=z.dtype).expand(z.shape).clone().requires_grad_()
+    law = Exact(torch.eye(V, dtype=torch.float64) / V + 1e-12)
+    careless = Independent(law.log_p.exp().view(V, V))
+    student, B = Student(), 300
+    student.head.out_features, student.embed = V, law.embed
+    known = torch.zeros(B, 2, dtype=torch.bool)
+    z0 = flow.latent_noise(law.embed.weight, (B, 2), generator(5))
+    drafts = careless(z0, torch.zeros(B, dtype=torch.float64), known=known).argmax(-1)
+    assert (drafts[:, 0] != drafts[:, 1]).double().mean() > 0.4
+    _, losses, _ = mending_loss(student, careless, law, CLOCK, torch.zeros_like(drafts),
+                                torch.zeros(B, dtype=torch.float64), generator(5), known=known)
+    tokens = (math.log(1 + math.e + math.e ** 2) - losses).round().long()
+    assert (tokens[:, 0] == tokens[:, 1]).double().mean() > 0.99
+    assert torch.bincount(tokens[:, 0], minlength=V).min() > B / 6
+
+
+MEND = ["--mend=true", "--diagonal_share=0", "--noise_scale=0.5", "--batch_size=8",
+        "--learning_rate=0.01", "--schedule=constant"]
+
+
+def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path):
+    """It starts as the flow map, continues exactly, and is sampled from smaller noise."""
+    teacher = toy[0] / "out" / "fmlm.pt"
+    run = lambda folder, *more: quick_run("distill.py", *toy[1], *MEND, f"--out_dir={folder}",
+                                          f"--teacher_path={teacher}", *more)
+    run(tmp_path / "still", "--max_iters=1", "--learning_rate=1e-30", "--min_lr=0")
+    first, start = torch.load(tmp_path / "still" / "mended.pt"), torch.load(teacher)
+    assert first["kind"] == "fmlm" and first["noise_scale"] == 0.5
+    assert all(torch.equal(start["ema"][name], p) for name, p in first["model"].items())
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", "--max_iters=3")
+    run(tmp_path / "parts", "--init_from=resume")
+    whole, parts = (torch.load(tmp_path / name / "mended.pt") for name in ("whole", "parts"))
+    for kind in ("model", "ema"):
+        assert all(torch.equal(whole[kind][name], p) for name, p in parts[kind].items())
+    assert not torch.equal(whole["ema"]["head.weight"], start["ema"]["head.weight"])
+    lengths = log(tmp_path / "whole" / "mended.jsonl")[0]["val_loss_by_length"]
+    assert lengths[-1] is not None
+
+    (tmp_path / "whole" / "fmlm.pt").write_bytes(teacher.read_bytes())
+    quick_run("sample.py", f"--out_dir={tmp_path / 'whole'}", "--num_samples=8", "--steps=2",
+              f"--out={tmp_path / 'texts.jsonl'}", "--dtype=float32", "--device=cpu")
+    net = ckpt.build_model(ckpt.load_checkpoint(tmp_path / "whole" / "mended.pt"),
+                           torch.device("cpu"))
+    E = net.embed.weight.detach()
+    z = flow.latent_noise(E, (8, net.config.block_size), generator(1, SAMPLE_NOISE, 0),
+                          flow.noise_factor(E))
+    with torch.no_grad():
+        texts, others = (flowmap.sample(net, flow.Clock(*E.shape), scale * z, 2).tolist()
+                         for scale in (0.5, 1))
+    assert [record["tokens"] for record in log(tmp_path / "texts.jsonl")] == texts != others
