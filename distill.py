@@ -1,6 +1,7 @@
 """Distil a flow language model into a flow map (FMLM), which writes a text in one evaluation.
 
     python distill.py                                   # out/stories/flm.pt -> fmlm.pt there
+    python distill.py config/mend_stories.py            # fmlm.pt there -> mended.pt
     torchrun --nproc_per_node=8 distill.py config/distill_owt.py
 
 The student is the FLM with a second time embedding, which starts at zero: it knows where it is, but
@@ -10,8 +11,7 @@ taught by the frozen FLM). The rest teaches jumps of every length by one of thre
 embedding E, frozen, since both must see the same noisy state.
 
 Notable: the default objective needs forward passes only, since two short jumps are the target of a
-long one. Long jumps are learned last; the log shows the loss by jump length. What is said in
-train.py is not said again here.
+long one. Long jumps are learned last; the log shows the loss by jump length.
 """
 
 import contextlib
@@ -37,22 +37,21 @@ from lib.mend import mending_loss
 from lib.optim import Muon, learning_rate_at
 
 # -- input and output
-out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt (or mended.pt) and .jsonl, the log
+out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
 dataset = "stories"              # must have the vocabulary that the FLM was trained on
-teacher_path = ""                # the FLM, ours or a released one; "" = out_dir/flm.pt, or for mend
-                                 # the flow map to go on with, out_dir/fmlm.pt
+teacher_path = ""                # the FLM, ours or a released one; "" = out_dir/flm.pt
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
 n_head = 0                       # of a released teacher that does not say it
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
-init_from = "scratch"            # from the teacher; resume: continue out_dir/fmlm.pt; or auto
+init_from = "scratch"            # from the teacher; resume: continue what is written; or auto
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 keep_best = False                # also fmlm.best.pt, which agrees best with itself: see validate
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
-mend = False                     # ours: a second stage, for better texts in one step: lib/mend.py
-noise_scale = 1.0                # of mend: the size of the noise, in sampling, too
+mend = False                     # ours: a second stage, taught by fmlm.pt itself; see lib/mend.py
+noise_scale = 1.0                # of mend: times the flow's noise; sampling reads it from mended.pt
 objective = "psd"                # or lsd, esd: they differentiate in tau; train with time_scale = 1
 self_distill = False             # the diagonal learns from the data; the start is still the FLM
 teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
@@ -96,11 +95,12 @@ n_diagonal = round(diagonal_share * batch_size)
 if n_diagonal == batch_size or (diagonal_share and not n_diagonal):
     fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for "
          f"{'jumps' if n_diagonal else 'the diagonal'}")
-if mend and (n_diagonal or self_distill or objective != "psd" or batch_size == 1):
-    fail("mend has a loss of its own, on drafts of two networks; set diagonal_share=0, batch_size "
-         "above 1, and leave out objective and self_distill")
+if mend and (n_diagonal or self_distill or not target_ema or batch_size == 1 or
+             (objective, split, teacher_temperature) != ("psd", 0.5, 1)):
+    fail("mend has a loss of its own, on drafts of two networks; set diagonal_share=0, target_ema, "
+         "batch_size above 1; leave out objective, self_distill, split, teacher_temperature")
 if noise_scale != 1 and not mend:
-    fail("noise_scale is for mend; add --mend=true")
+    fail("noise_scale is for mend; add --mend")
 if objective == "psd" and not n_diagonal and not mend:
     fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")
 if self_distill and teacher_temperature != 1:
@@ -124,8 +124,10 @@ block_size = ckpt.set_length(source, block_size, teacher_path)
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
 ckpt.require_same_vocabulary(source, data)
-if context_share and not source["model_config"].get("context"):
+if context_share and not ckpt.has_context(source):
     fail(f"{teacher_path} was trained with context_share=0; distil it with --context_share=0")
+if mend and "noise_scale" in source and source["noise_scale"] != 1:
+    fail(f"{teacher_path} is mended already; give the flow map before as --teacher_path")
 
 
 def draw_times(micro_steps: int, full_share: float, rng: torch.Generator):
@@ -160,8 +162,9 @@ torch.manual_seed(seed)
 teacher = ckpt.build_model(source, machine.device)
 if checkpoint:
     student = ckpt.build_model(checkpoint, machine.device, "model")
-    if not torch.equal(student.embed.weight, teacher.embed.weight):
-        fail(f"{path} was distilled from another FLM than {teacher_path}; start again with "
+    if not torch.equal(student.embed.weight, teacher.embed.weight) or not torch.equal(
+            checkpoint.get("teacher", teacher.head.bias), teacher.head.bias):
+        fail(f"{path} was distilled from another network than {teacher_path}; start again with "
              f"--init_from=scratch")
 else:
     student = ckpt.build_model(source, machine.device, flow_map=True, dropout=dropout)
@@ -228,9 +231,9 @@ def save(best: bool = False) -> None:
             model=student.state_dict(), ema=ema.state_dict(), settings=settings,
             optimizers=[opt.state_dict() for opt in optimizers],
             scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
-            noise_scale=noise_scale, train_tokens=len(data.tokens), tokenizer=data.tokenizer,
-            layout=data.layout, vocabulary=data.meta["tokenizer"],
-            checker=data.meta.get("checker")))
+            noise_scale=noise_scale, teacher=teacher.head.bias,
+            train_tokens=len(data.tokens), tokenizer=data.tokenizer, layout=data.layout,
+            vocabulary=data.meta["tokenizer"], checker=data.meta.get("checker")))
 
 
 FULL_JUMPS_IN_VALIDATION = 1 / 8  # of the jumps, whatever the share in training: enough for a mean
@@ -277,9 +280,8 @@ while True:
         kept = [None if math.isnan(x) else x for x in bins]         # NaN: no jump of this length
         log.write(step, val_loss=mean, val_diagonal=kept[0], val_loss_by_length=kept[1:])
         if machine.main:
-            print(f"step {step}: validation loss {mean:.3f}; diagonal {bins[0]:.2f}; "
-                  f"by length 0..1: "
-                  + " ".join(f"{x:.2f}" for x in bins[1:]).replace("nan", "-"), flush=True)
+            print(f"step {step}: validation loss {mean:.3f}; diagonal {bins[0]:.2f}; by length "
+                  f"0..1: {' '.join(f'{x:.2f}' for x in bins[1:])}".replace("nan", "-"), flush=True)
         if step > 0:
             save(best=keep_best and log.new_best(mean))
             saved_at = step

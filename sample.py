@@ -38,7 +38,7 @@ init_from = ""                   # a checkpoint instead: ours, or one the author
 trust_checkpoint = False         # read it although it holds Python objects besides tensors
 n_head = 0                       # of a released checkpoint that does not say it
 vocabulary = ""                  # of a released checkpoint: vocab.txt, tokenizer.json; "" = GPT-2
-model = "auto"                   # fmlm, flm, or auto: fmlm if there is one, mended or not
+model = "auto"                   # fmlm, flm, or auto: fmlm if there is one; mended.pt first
 steps = "1"                      # network evaluations per text; several as 1,2,4,8
 flow_steps = 0                   # also decode the same noise with the flow, in this many steps
 num_samples = 4                  # for each pattern, where fill is a file

@@ -71,13 +71,13 @@ def right(guess: tuple) -> bool:
     return check("".join(guess[0]).strip()) is None
 
 
-def first_good(*ways: list[list[tuple]], mended: bool = False) -> list[list[tuple]]:
-    """The guesses of the first noise from which every way ends in a right story; with `mended` one
+def first_good(*ways: list[list[tuple]], refined: bool = False) -> list[list[tuple]]:
+    """The guesses of the first noise from which every way ends in a right story; with `refined` one
     whose first guess is wrong."""
     for texts in zip(*ways):
-        if all(right(guesses[-1]) and not (mended and right(guesses[0])) for guesses in texts):
+        if all(right(guesses[-1]) and not (refined and right(guesses[0])) for guesses in texts):
             return texts
-    fail(f"none of {len(ways[0])} noises gives a right story{' from a wrong draft' * mended}; "
+    fail(f"none of {len(ways[0])} noises gives a right story{' from a wrong draft' * refined}; "
          f"try another seed, or train longer")
 
 # ------------------------------------------------------------------------------ drawing
@@ -124,11 +124,11 @@ save("story.gif", frames, [120] * (len(frames) - 1) + [4000])
 
 if all(file["settings"].get("context_share") for file in files.values()):
     rng = generator(seed, SAMPLE_NOISE, 1)
-    mended, = first_good(guesses_of(
+    refined, = first_good(guesses_of(
         lambda watch: flowmap.refine(nets["fmlm"], clock, lambda: scale * noise(), rounds,
-                                     watch=watch)), mended=True)
+                                     watch=watch)), refined=True)
     frames = []
-    for i, guess in enumerate(mended):
+    for i, guess in enumerate(refined):
         frames.append(empty(1))
         draw(frames[-1], EDGE, f"Refinement: round {i + 1} of {rounds}", MAP, guess)
     save("refine.gif", frames, [1200] * (len(frames) - 1) + [4000])

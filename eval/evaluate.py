@@ -71,7 +71,7 @@ dataset = "stories"              # held-out text: the first row; training text: 
 block_size = 0                   # tokens in a text; 0 = those of the checkpoints or the set, or 64
 steps = "1"                      # network evaluations a text; several as 1,2,4,8
 temperatures = ""                # several as argmax,0.8,1; "" = argmax for flows, 1 for others
-noise_scales = ""                # flow maps: sweep the size of the first noise
+noise_scales = ""                # flow maps: sweep the noise; 1 is the size it was trained on
 gamma = 0.0                      # flows and flow maps: as in sample.py, or the authors' by protocol
 num_samples = -1                 # of a checkpoint; 0 = none; -1 = 1000, or 1024 by protocol=paper
 batch_size = 100                 # texts made together

@@ -178,7 +178,8 @@ def find_network(out_dir: str, init_from: str, model: str, trust: bool, n_head: 
     baseline."""
     if not out_dir:
         out_dir, shipped = "out/stories", Path(sys.argv[0]).parent / "weights" / "stories"
-        if not init_from and shipped.exists() and not list(Path(out_dir).glob("f*lm.pt")):
+        trained = any((Path(out_dir) / f"{name}.pt").exists() for name in ("flm", "fmlm", "mended"))
+        if not init_from and shipped.exists() and not trained:
             print(f"nothing trained in {out_dir} yet; reading {shipped}", file=sys.stderr)
             out_dir = shipped
     flow_path, mended_path = Path(out_dir) / "flm.pt", Path(out_dir) / "mended.pt"
@@ -195,6 +196,10 @@ def find_network(out_dir: str, init_from: str, model: str, trust: bool, n_head: 
                   f"of steps", file=sys.stderr)
         return flow_path, flow_path, load_checkpoint(flow_path, "flm")
     checkpoint = load_checkpoint(map_path, "fmlm")
+    before = Path(out_dir) / "fmlm.pt"                              # the map before mending
+    if before.exists() and before.stat().st_mtime > map_path.stat().st_mtime:
+        print(f"{map_path} is older than {before}: run distill.py --mend again, or read that with "
+              f"--init_from={before}", file=sys.stderr)
     if "model" in checkpoint and flow_path.exists() and (
             flow_path.stat().st_mtime > map_path.stat().st_mtime):  # not in weights/, copied by git
         print(f"{flow_path} is newer than {map_path}: run distill.py for its flow map",
@@ -241,10 +246,15 @@ def build_model(checkpoint: dict, device: torch.device, weights: str = "ema", **
     return model.eval().to(device)
 
 
+def has_context(checkpoint: dict) -> bool:
+    """Whether the network was trained to be told tokens, also in its last stage."""
+    return bool(checkpoint["model_config"].get("context")
+                and checkpoint["settings"].get("context_share", 1))
+
+
 def require_context(path: str | Path, checkpoint: dict) -> None:
     """Exits when the network was not trained to be told tokens."""
-    if not (checkpoint["model_config"].get("context")
-            and checkpoint["settings"].get("context_share", 1)):
+    if not has_context(checkpoint):
         fail(f"{path} was trained with context_share=0, so it cannot be told tokens, as prompt, "
              f"fill and refine do; set context_share=0.3 in train.py and distill.py")
 

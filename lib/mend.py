@@ -1,4 +1,4 @@
-"""Mending: a second stage of distillation, ours, for better texts in one step. Used by distill.py.
+"""Mending: a second stage of distillation, ours, for better texts in few steps. Used by distill.py.
 
 The full jump of a flow map decides between all texts at once. Near the border between two of them
 a small network writes a mixture, and better targets hardly help: the noise does say which text the
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flow import Clock, Given, corrupt, cross_entropy, latent_noise, most_likely, move
 
-EARLIEST, LATEST = 0.3, 0.9      # part of the way, on the clock, from which a draft is jumped on
+EARLIEST, LATEST = 0.3, 0.9      # from where a draft is jumped on, as part of the way from tau to 1
 ROUNDS = 2                       # jumps that mend a draft; one leaves more mistakes
 
 
@@ -28,7 +28,7 @@ def mending_loss(student: Callable, draft_net: Callable, flow_map: Callable, clo
 
     A draft x is the text that a network jumps to from z. Take it for the end of a straight path,
     (1 - h) z + h E[x], and jump on from a later point of that path by the frozen flow_map. The text
-    this reaches is the draft, mended.
+    this reaches is the draft, mended. It ends another straight path, and so on, ROUNDS times.
 
     draft_net: half of the drafts are its, the moving average of the student: the student learns
     from its own mistakes. The other half are the flow map's. Without those, the texts that are easy

@@ -85,15 +85,16 @@ def test_the_exact_flow_map_mends_every_draft():
     assert torch.bincount(tokens[:, 0], minlength=V).min() > B / 6
 
 
-MEND = ["--mend=true", "--diagonal_share=0", "--noise_scale=0.5", "--batch_size=8",
+MEND = ["--mend=true", "--diagonal_share=0", "--target_ema", "--noise_scale=0.5", "--batch_size=8",
         "--learning_rate=0.01", "--schedule=constant"]
 
 
 def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path):
     """It starts as the flow map, continues exactly, and is sampled from smaller noise."""
     teacher = toy[0] / "out" / "fmlm.pt"
-    run = lambda folder, *more: quick_run("distill.py", *toy[1], *MEND, f"--out_dir={folder}",
-                                          f"--teacher_path={teacher}", *more)
+    run = lambda folder, *more, **options: quick_run(
+        "distill.py", *toy[1], *MEND, f"--out_dir={folder}", f"--teacher_path={teacher}", *more,
+        **options)
     run(tmp_path / "still", "--max_iters=1", "--learning_rate=1e-30", "--min_lr=0")
     first, start = torch.load(tmp_path / "still" / "mended.pt"), torch.load(teacher)
     assert first["kind"] == "fmlm" and first["noise_scale"] == 0.5
@@ -105,6 +106,15 @@ def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path):
     for kind in ("model", "ema"):
         assert all(torch.equal(whole[kind][name], p) for name, p in parts[kind].items())
     assert not torch.equal(whole["ema"]["head.weight"], start["ema"]["head.weight"])
+    other = tmp_path / "other.pt"
+    start["ema"]["head.bias"] += 1
+    torch.save(start, other)
+    assert run(tmp_path / "whole", "--init_from=resume", f"--teacher_path={other}", status=1) == (
+        f"error: {tmp_path}/whole/mended.pt was distilled from another network than {other}; start "
+        f"again with --init_from=scratch")
+    assert run(tmp_path / "again", f"--teacher_path={tmp_path}/whole/mended.pt", status=1) == (
+        f"error: {tmp_path}/whole/mended.pt is mended already; give the flow map before as "
+        f"--teacher_path")
     lengths = log(tmp_path / "whole" / "mended.jsonl")[0]["val_loss_by_length"]
     assert lengths[-1] is not None
 

@@ -86,8 +86,8 @@ PARTS = dict(  # of several messages
     local="on the Hub (OfflineModeIsEnabled); without a network, give a local copy with --file",
     weak="weak goes with neither flow_steps nor weak_dropout; leave them out",
     unguided="weak and weak_dropout are for guidance; add --guidance=2, say",
-    mend="mend has a loss of its own, on drafts of two networks; set diagonal_share=0, batch_size "
-         "above 1, and leave out objective and self_distill",
+    mend="mend has a loss of its own, on drafts of two networks; set diagonal_share=0, target_ema, "
+         "batch_size above 1; leave out objective, self_distill, split, teacher_temperature",
     wants_map="is a flow (FLM, from train.py); what is needed here is a flow map (FMLM, from "
               "distill.py)",
     wants_flow="is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from "
@@ -142,11 +142,13 @@ CASES = [
      "diagonal_share=0.5 of batch_size=1 leaves no row for the diagonal"),
     ("distill.py --diagonal_share=0",
      "objective=psd learns the flow from the diagonal alone; set diagonal_share above 0"),
-    ("distill.py --mend --diagonal_share=0 --objective=lsd", "{mend}"),
-    ("distill.py --mend", "{mend}"),
-    ("distill.py --mend --diagonal_share=0 --self_distill", "{mend}"),
-    ("distill.py --noise_scale=0.5", "noise_scale is for mend; add --mend=true"),
-    ("distill.py --mend --diagonal_share=0 --out_dir={toy}/out --teacher_path={toy}/out/flm.pt",
+    *((f"distill.py --mend {rest}", "{mend}") for rest in (
+        "--target_ema", "--diagonal_share=0",
+        *(f"--target_ema --diagonal_share=0 --{one}" for one in (
+            "objective=lsd", "self_distill", "split=0.2", "teacher_temperature=2",
+            "batch_size=1")))),
+    ("distill.py --noise_scale=0.5", "noise_scale is for mend; add --mend"),
+    ("distill.py --mend --target_ema --diagonal_share=0 --teacher_path={toy}/out/flm.pt",
      "{toy}/out/flm.pt {wants_map}"),
     ("distill.py --self_distill --teacher_temperature=1.2",
      "self_distill learns from the data, not from a teacher; add --teacher_temperature=1"),
@@ -395,7 +397,7 @@ def test_a_resumed_map_of_another_flow(toy, broken, monkeypatch):
     other = broken / "retrained" / "flm.pt"
     said = mistake(monkeypatch, "distill.py", *toy[1], "--batch_size=8", "--init_from=resume",
                    f"--teacher_path={other}")
-    assert said.endswith(f"was distilled from another FLM than {other}; start again with "
+    assert said.endswith(f"was distilled from another network than {other}; start again with "
                          f"--init_from=scratch")
 
 

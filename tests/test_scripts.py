@@ -317,7 +317,8 @@ def test_help_lists_the_settings():
 
 def test_every_config_file_has_only_known_settings():
     for path in sorted((ROOT / "config").glob("*.py")):
-        script = ROOT / ("distill.py" if path.name.startswith("distill_") else "train.py")
+        stage = path.name.partition("_")[0]
+        script = ROOT / ("distill.py" if stage in ("distill", "mend") else "train.py")
         defaults = {}
         exec(script.read_text().split("settings = configure")[0], dict(__name__="x"), defaults)
         settings = configure(defaults | dict(__doc__="", __file__=str(script)), [str(path)])

@@ -18,13 +18,12 @@ if len(sys.argv) != 3:
     fail("name a run's out_dir and a folder to write, such as out/stories weights/stories")
 source, target = map(Path, sys.argv[1:])
 for kind in ("flm", "fmlm"):
-    path = source / f"{kind}.pt"
-    if kind == "fmlm" and (source / "mended.pt").exists():
-        path = source / "mended.pt"
-    checkpoint = load_checkpoint(path, kind)
+    mended = kind == "fmlm" and (source / "mended.pt").exists()
+    read = source / ("mended.pt" if mended else f"{kind}.pt")
+    checkpoint = load_checkpoint(read, kind)
     small = {key: value for key, value in checkpoint.items()
              if key not in ("model", "optimizers", "scaler")}
     small["ema"] = {name: p.bfloat16() for name, p in checkpoint["ema"].items()}
     path = target / f"{kind}.pt"
     replace_file(path, lambda file: torch.save(small, file))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    print(f"{read} -> {path}: {path.stat().st_size / 1e6:.1f} MB")
