@@ -43,7 +43,7 @@ teacher_path = ""                # the FLM, ours or a released one; "" = out_dir
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
 n_head = 0                       # of a released teacher that does not say it
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
-init_from = "scratch"            # from the teacher; resume: continue what is written; or auto
+init_from = "scratch"            # from the teacher; resume: continue the file it wrote; or auto
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 keep_best = False                # also fmlm.best.pt, which agrees best with itself: see validate
 eval_iters = 8                   # validation batches

@@ -3,7 +3,7 @@
     python docs/story.py             # into docs/, from weights/stories; --seed=2 for another story
 
 story.gif    one story from the same noise: the flow's guesses in 64 steps, the map's single jump
-refine.gif   a draft of the flow map, mended by posterior refinement; needs a map with context
+refine.gif   a draft of the flow map, corrected by posterior refinement; needs a map with context
 """
 
 import sys

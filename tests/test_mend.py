@@ -4,6 +4,8 @@ Mending, the second stage of distillation: the loss in loops, what the exact flo
 drafts, and the way from a flow map to a mended one through the programs."""
 
 import math
+import os
+import time
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ MEND = ["--mend=true", "--diagonal_share=0", "--target_ema", "--noise_scale=0.5"
         "--learning_rate=0.01", "--schedule=constant"]
 
 
-def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path):
+def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path, capsys):
     """It starts as the flow map, continues exactly, and is sampled from smaller noise."""
     teacher = toy[0] / "out" / "fmlm.pt"
     run = lambda folder, *more, **options: quick_run(
@@ -119,6 +121,12 @@ def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path):
     assert lengths[-1] is not None
 
     (tmp_path / "whole" / "fmlm.pt").write_bytes(teacher.read_bytes())
+    path, before = (tmp_path / "whole" / name for name in ("mended.pt", "fmlm.pt"))
+    for age, says in ((10, True), (-10, False)):                    # seconds before fmlm.pt
+        os.utime(path, (time.time() - age,) * 2)
+        os.utime(before, (time.time(),) * 2)
+        assert ckpt.find_network(str(tmp_path / "whole"), "", "auto", False, 0)[0] == path
+        assert (f"{path} is older than {before}" in capsys.readouterr().err) == says
     quick_run("sample.py", f"--out_dir={tmp_path / 'whole'}", "--num_samples=8", "--steps=2",
               f"--out={tmp_path / 'texts.jsonl'}", "--dtype=float32", "--device=cpu")
     net = ckpt.build_model(ckpt.load_checkpoint(tmp_path / "whole" / "mended.pt"),
