@@ -51,7 +51,6 @@ log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
 mend = False                     # ours: a second stage, taught by fmlm.pt itself; see lib/mend.py
-noise_scale = 1.0                # of mend: times the flow's noise; sampling reads it from mended.pt
 objective = "psd"                # or lsd, esd: they differentiate in tau; train with time_scale = 1
 self_distill = False             # the diagonal learns from the data; the start is still the FLM
 teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
@@ -89,7 +88,7 @@ require_trainable(settings)
 require_in(settings, "[0, 1)", "diagonal_share")
 require_in(settings, "[0, 1]", "full_jump_share", "context_share")
 require_in(settings, "(0, 1)", "split")
-require_in(settings, "(0, inf)", "teacher_temperature", "noise_scale")
+require_in(settings, "(0, inf)", "teacher_temperature")
 require_in(settings, "[0, inf)", "block_size", "n_head")
 n_diagonal = round(diagonal_share * batch_size)
 if n_diagonal == batch_size or (diagonal_share and not n_diagonal):
@@ -99,8 +98,6 @@ if mend and (n_diagonal or self_distill or not target_ema or batch_size == 1 or
              (objective, split, teacher_temperature) != ("psd", 0.5, 1)):
     fail("mend has a loss of its own, on drafts of two networks; set diagonal_share=0, target_ema, "
          "batch_size above 1; leave out objective, self_distill, split, teacher_temperature")
-if noise_scale != 1 and not mend:
-    fail("noise_scale is for mend; add --mend")
 if objective == "psd" and not n_diagonal and not mend:
     fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")
 if self_distill and teacher_temperature != 1:
@@ -126,7 +123,7 @@ val_data = Data(dataset, "val", block_size, seed)
 ckpt.require_same_vocabulary(source, data)
 if context_share and not ckpt.has_context(source):
     fail(f"{teacher_path} was trained with context_share=0; distil it with --context_share=0")
-if mend and "noise_scale" in source and source["noise_scale"] != 1:
+if mend and source.get("mended"):
     fail(f"{teacher_path} is mended already; give the flow map before as --teacher_path")
 
 
@@ -154,7 +151,7 @@ def batch(n: int):
 
 # ------------------------------------------------------------------------------ student
 
-fixed = ("block_size", "mend", "noise_scale", "objective", "self_distill", "teacher_temperature",
+fixed = ("block_size", "mend", "objective", "self_distill", "teacher_temperature",
          "diagonal_share", "full_jump_share", "full_jump_ramp", "split", "context_share",
          "target_ema", "dropout", *ckpt.FIXED)
 checkpoint = ckpt.load_resumable(path, "fmlm", init_from, settings, fixed, machine)
@@ -175,15 +172,17 @@ clock_embedding_share = source["clock_embedding_share"]
 del source                                                          # its memory
 clock = Clock(*student.embed.weight.shape, clock_embedding_share, machine.device)
 factor = noise_factor(student.embed.weight)  # E is frozen: once is enough
+frequency = machine.put(data.frequency()) if mend else torch.zeros(0)           # (V,)
+draft_bias = machine.put((checkpoint or {}).get("draft_bias", torch.zeros(len(frequency))))
 net = torch.compile(student, dynamic=False) if compile else student
 teacher = torch.compile(teacher, dynamic=False) if compile else teacher
 
 
-def loss_of(net, target_net, y, tau_s, tau_t, rng, known=None):
+def loss_of(net, target_net, y, tau_s, tau_t, rng, bias, known=None):
     with machine.autocast():
         if mend:
-            return mending_loss(net, target_net, teacher, clock, y, tau_s, rng, noise_scale, factor,
-                                known)
+            return mending_loss(net, target_net, teacher, clock, y, tau_s, rng, frequency, bias,
+                                factor, known)
         return flowmap.loss(net, target_net, None if self_distill else teacher, clock, objective, y,
                             tau_s, tau_t, rng, n_diagonal, factor, split, teacher_temperature,
                             known)
@@ -195,10 +194,11 @@ class Loss(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
+        self.register_buffer("bias", draft_bias)  # all processes have that of the first
 
     def forward(self, y, tau_s, tau_t, rng):
         known = draw_known(y.shape, context_share, rng) if context_share else None
-        return loss_of(self.net, ema if target_ema else net, y, tau_s, tau_t, rng, known)
+        return loss_of(self.net, ema if target_ema else net, y, tau_s, tau_t, rng, self.bias, known)
 
 
 training_loss = Loss(net)
@@ -231,7 +231,7 @@ def save(best: bool = False) -> None:
             model=student.state_dict(), ema=ema.state_dict(), settings=settings,
             optimizers=[opt.state_dict() for opt in optimizers],
             scaler=machine.scaler.state_dict(), clock_embedding_share=clock_embedding_share,
-            noise_scale=noise_scale, teacher=teacher.head.bias,
+            mended=mend, draft_bias=draft_bias, teacher=teacher.head.bias,
             train_tokens=len(data.tokens), tokenizer=data.tokenizer, layout=data.layout,
             vocabulary=data.meta["tokenizer"], checker=data.meta.get("checker")))
 
@@ -253,7 +253,7 @@ def validate() -> tuple[float, list[float]]:
         y = machine.put(val_data.rows(i * batch_size, batch_size))
         start, end = machine.put(tau_s[i]), machine.put(tau_t[i])
         rng = generator(seed, VAL_NOISE, i, device=machine.device)
-        losses = loss_of(ema, ema, y, start, end, rng)[1].mean(1)   # (B,)
+        losses = loss_of(ema, ema, y, start, end, rng, draft_bias.clone())[1].mean(1)       # (B,)
         bins = 1 + ((end - start) * 10).long().clamp_max(9)
         bins[:n_diagonal] = 0
         total.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))

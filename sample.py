@@ -28,6 +28,7 @@ import flowmap
 from data.loader import find_check, text_of
 from lib import checkpoint as ckpt
 from lib.machine import DROPOUT, SAMPLE_NOISE, Machine, generator, mix
+from lib.mend import noise_of
 from lib.prompt import encode, read_patterns
 from lib.watch import Watch
 
@@ -112,8 +113,8 @@ given = torch.tensor(given, device=machine.device)                  # (n, L), -1
 def generate(n_steps, with_flow, number=0, group=0, size=GROUP, watcher=None):
     """The tokens of the texts of a group, as lists, of the pattern of that number."""
     rng = generator(seed, SAMPLE_NOISE, group + (number << 32), device=machine.device)
-    scale = 1 if with_flow else checkpoint.get("noise_scale", 1)
-    noise = lambda: scale * flow.latent_noise(E, (size, L), rng, factor)        # (B, L, d)
+    law = flow.latent_noise if with_flow else noise_of(checkpoint)
+    noise = lambda: law(E, (size, L), rng, factor)                  # (B, L, d)
     first = lambda: watcher.noise(noise()) if watcher else noise()
     y, known = (row.expand(size, -1) for row in (given[number].clamp_min(0), given[number] >= 0))
     if refine:

@@ -6,7 +6,6 @@
 out_dir = "out/stories"
 dataset = "stories"
 mend = True
-noise_scale = 0.5                # more are right, of all plots: results/stories/tried.md
 diagonal_share = 0.0
 full_jump_share = 0.75
 context_share = 0.3

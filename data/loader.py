@@ -85,6 +85,11 @@ class Data:
         in_rows = "packed" if end is not None and self.tokens[0] == end else "lines"
         return in_rows if self.meta["row_length"] else "stream"
 
+    def frequency(self, most: int = 10_000_000) -> np.ndarray:
+        """The shares (V,) of the first `most` tokens that are each token, float32."""
+        counts = np.bincount(self.tokens[:most], minlength=self.meta["vocab_size"])
+        return (counts / counts.sum()).astype(np.float32)
+
     def rows(self, first: int, count: int) -> np.ndarray:
         """Samples first .. first + count - 1 as (count, L) int64 token ids."""
         return np.stack([self.row(n) for n in range(first, first + count)])

@@ -2,7 +2,7 @@
 
     python docs/story.py             # into docs/, from weights/stories; --seed=2 for another story
 
-story.gif    one story from the same noise: the flow's guesses in 64 steps, the map's single jump
+story.gif    a story of each: the flow's guesses in 64 steps, the flow map's single jump
 refine.gif   a draft of the flow map, corrected by posterior refinement; needs a map with context
 """
 
@@ -17,6 +17,7 @@ import flowmap
 from data.loader import find_check
 from lib import checkpoint as ckpt
 from lib.machine import SAMPLE_NOISE, generator
+from lib.mend import noise_of
 from lib.settings import configure, fail
 from lib.watch import spell
 
@@ -109,12 +110,11 @@ def empty(panels: int) -> Image.Image:
 
 
 rng = generator(seed, SAMPLE_NOISE, 0)
-noise = lambda: flow.latent_noise(E, (64, L), rng)                  # (B, L, d)
-scale = files["fmlm"].get("noise_scale", 1)                         # of a mended map
-z, FLOW, MAP = noise(), "#1f5fa8", "#c2410c"
+FLOW, MAP = "#1f5fa8", "#c2410c"
+z, z_map = (noise_of(files[kind])(E, (64, L), rng) for kind in ("flm", "fmlm"))         # (B, L, d)
 by_flow, by_map = first_good(
     guesses_of(lambda watch: flow.sample(nets["flm"], clock, z, steps, watch=watch)),
-    guesses_of(lambda watch: flowmap.sample(nets["fmlm"], clock, scale * z, 1, watch=watch)))
+    guesses_of(lambda watch: flowmap.sample(nets["fmlm"], clock, z_map, 1, watch=watch)))
 frames = []
 for i, guess in enumerate(by_flow):
     frames.append(empty(2))
@@ -125,8 +125,8 @@ save("story.gif", frames, [120] * (len(frames) - 1) + [4000])
 if all(file["settings"].get("context_share") for file in files.values()):
     rng = generator(seed, SAMPLE_NOISE, 1)
     refined, = first_good(guesses_of(
-        lambda watch: flowmap.refine(nets["fmlm"], clock, lambda: scale * noise(), rounds,
-                                     watch=watch)), refined=True)
+        lambda watch: flowmap.refine(nets["fmlm"], clock, lambda: noise_of(files["fmlm"])(
+            E, (64, L), rng), rounds, watch=watch)), refined=True)
     frames = []
     for i, guess in enumerate(refined):
         frames.append(empty(1))

@@ -27,6 +27,7 @@ from data.stories.grammar import CLASSES
 from eval.metrics import wilson
 from lib import checkpoint as ckpt
 from lib.machine import SAMPLE_NOISE, Machine, generator
+from lib.mend import noise_of
 from lib.settings import configure, fail, parse_numbers, require_in
 
 source = "out/stories/fmlm.pt"   # checkpoints: flow maps and flows with context, mdlm
@@ -79,8 +80,8 @@ def samplers(checkpoint: dict, net) -> Iterator[tuple[str, Callable]]:
                 net, None, *y.shape, n, rng, y=y, known=known)
         return
     clock = flow.Clock(*E.shape, checkpoint["clock_embedding_share"], machine.device)
-    factor, scale = flow.noise_factor(E), checkpoint.get("noise_scale", 1)      # of a mended map
-    noise = lambda y, rng: scale * flow.latent_noise(E, y.shape, rng, factor)
+    factor, law = flow.noise_factor(E), noise_of(checkpoint)
+    noise = lambda y, rng: law(E, y.shape, rng, factor)
     sample = flowmap.sample if kind == "fmlm" else flow.sample
     yield kind, lambda y, known, n, rng: sample(
         flow.Given(net, y, known), clock, noise(y, rng), n)

@@ -61,6 +61,7 @@ from eval.naive import naive_texts
 from lib import checkpoint as ckpt
 from lib import released
 from lib.machine import BOUND_NOISE, SAMPLE_NOISE, Machine, generator, with_float64
+from lib.mend import noise_of
 from lib.settings import configure, fail, parse_numbers, require_choice, require_in
 
 source = "out/stories/fmlm.pt"   # checkpoints (.pt; released ones: .ckpt, .safetensors or
@@ -133,13 +134,13 @@ def texts_of(checkpoint: dict, net, n_steps: int, temperature: float | str, nois
     """Tokens (number, L), at a temperature or, of a flow, by "argmax", from noise_scale x noise."""
     kind, E = checkpoint["kind"], net.embed.weight.detach()
     clock, factor, rows = clock_of(checkpoint, net), flow.noise_factor(E), []
-    scale = checkpoint.get("noise_scale", 1)                        # of a mended map
     autocast = contextlib.nullcontext if kind == "ar" else machine.autocast    # it caches one dtype
+    law = noise_of(checkpoint)
     by_argmax = temperature == "argmax" or kind == "fmlm" and scales
     for group in range(math.ceil(number / batch_size)):
         B = min(batch_size, number - group * batch_size)
         rng = generator(seed, SAMPLE_NOISE, group, device=machine.device)
-        noise = lambda: scale * flow.latent_noise(E, (B, L), rng, factor)       # (B, L, d)
+        noise = lambda: law(E, (B, L), rng, factor)                 # (B, L, d)
         draw = lambda head, hidden: flow.draw_tokens(head, hidden, rng, temperature)
         with autocast():
             if kind not in FLOWS:

@@ -1,9 +1,10 @@
-"""Mending: a second stage of distillation, ours, for better texts in few steps. Used by distill.py.
+"""Mending: a last stage of distillation, ours, for better texts in few steps. Used by distill.py.
 
 The full jump of a flow map decides between all texts at once. Near the border between two of them
 a small network writes a mixture, and better targets hardly help: the noise does say which text the
 flow would reach, but in a way that the network cannot follow. Mending asks for less. Any text will
-do that is right and near what the student writes anyway.
+do that is right and near what the student writes anyway, as long as every word is written as often
+as in real text.
 """
 
 from collections.abc import Callable
@@ -12,45 +13,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flow import Clock, Given, corrupt, cross_entropy, latent_noise, most_likely, move
+from flow import (Clock, Given, by_tokens, corrupt, cross_entropy, latent_noise, most_likely, move,
+                  per_sample)
 
-EARLIEST, LATEST = 0.3, 0.9      # from where a draft is jumped on, as part of the way from tau to 1
-ROUNDS = 2                       # jumps that mend a draft; one leaves more mistakes
+NOISE_SCALE = 0.5   # the size of the noise, by that of the flow
+LATER = 0.6         # from where a draft is jumped on, as part of the way from tau to 1
+ROUNDS = 2          # jumps that mend a draft; one leaves more mistakes
+BIAS_STEP = 0.1     # by which the bias of a token rises in a step that does not write it
+
+
+def shared_noise(E: Tensor, shape: tuple[int, int], rng: torch.Generator,
+                 factor: Tensor | None = None) -> Tensor:
+    """The noise (B, L, d) of a mended map: half of latent_noise, and the same at every token.
+
+    Tokens with noise of their own have to agree on a text by attention. With the same noise each
+    can tell by itself which text it is. The flow map reads such noise without being trained on it.
+    """
+    B, L = shape
+    return NOISE_SCALE * latent_noise(E, (B, 1), rng, factor).expand(B, L, E.size(1))
+
+
+def noise_of(checkpoint: dict) -> Callable:
+    """What draws the noise of a checkpoint's network: shared_noise for a mended map, latent_noise
+    for others, of the size noise_scale, which a map of the version before may have."""
+    if checkpoint.get("mended"):
+        return shared_noise
+    return lambda *args: checkpoint.get("noise_scale", 1) * latent_noise(*args)
 
 
 def mending_loss(student: Callable, draft_net: Callable, flow_map: Callable, clock: Clock,
-                 y: Tensor, tau: Tensor, rng: torch.Generator, noise_scale: float = 1.0,
+                 y: Tensor, tau: Tensor, rng: torch.Generator, frequency: Tensor, bias: Tensor,
                  factor: Tensor | None = None, known: Tensor | None = None
                  ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of jumps from tau (B,) to the end, on texts y (B, L) with noise from rng: the mean
+    """The loss of jumps from tau (B,) to the end, with shared_noise from rng: the mean
     cross-entropy of mended drafts in nats per token, each token's (B, L) without gradient, and
     zeros (B, L), for the mass that other objectives cut from their targets.
 
-    A draft x is the text that a network jumps to from z. Take it for the end of a straight path,
-    (1 - h) z + h E[x], and jump on from a later point of that path by the frozen flow_map. The text
-    this reaches is the draft, mended. It ends another straight path, and so on, ROUNDS times.
+    A draft x is the text that draft_net, the moving average of the student, jumps to from noise z0.
+    The student jumps from z: from z0 itself, or for tau > 0 from x with fresh noise, where a
+    sampler's next step would find it. The student's aim is the draft, mended: take x for the end of
+    a straight path from z, and jump on from a later point of it by the frozen flow_map. The text
+    this reaches ends another path from z, and so on, ROUNDS times.
 
-    draft_net: half of the drafts are its, the moving average of the student: the student learns
-    from its own mistakes. The other half are the flow map's. Without those, the texts that are easy
-    to write crowd out the others.
-    noise_scale: the noise has this times the size of the flow's. The flow map was not trained on
-    less noise, but with less it tells the kinds of text more evenly, and the student learns faster.
-    factor, known: as for flowmap.loss.
+    From its own drafts alone the student would soon write few words and kinds of text, those that
+    are easy. So bias (V,) is added to the logits of drafts, and moved here, in place: up for tokens
+    that they have more rarely than real text, whose shares are frequency (V,), down for others.
+    (Mixtures of experts balance their load like this, arXiv 2408.15664.)
+
+    y (B, L): the texts of which known (B, L) tokens are told; factor: as for flowmap.loss.
     """
-    E, end, n = student.embed.weight, torch.ones_like(tau), len(y) // 2
-    z0 = noise_scale * latent_noise(E, y.shape, rng, factor)        # (B, L, d)
-    z = corrupt(E, y, clock.t_of_tau(tau), z0)
+    E, end, start = student.embed.weight, torch.ones_like(tau), torch.zeros_like(tau)
+    t = clock.t_of_tau(tau)
+    z0, again = (shared_noise(E, y.shape, rng, factor) for _ in range(2))       # (B, L, d)
 
-    def told(net: Callable, rows: slice = slice(None)) -> Callable:
-        return net if known is None else Given(net, y[rows], known[rows])
+    def told(net: Callable) -> Callable:
+        return net if known is None else Given(net, y, known)
 
     with torch.no_grad():
-        x = torch.cat([most_likely(net.head, told(net, rows)(z[rows], tau[rows], end[rows]))
-                       for net, rows in ((flow_map, slice(n)), (draft_net, slice(n, None)))])
+        hidden = told(draft_net)(z0, start, end)
+        x = by_tokens(lambda hidden: (draft_net.head(hidden) + bias).argmax(-1), draft_net.head,
+                      hidden)                                       # (B, L)
+        free = x if known is None else x[~known.any(1)]             # texts that are told nothing
+        one = 1 / max(1, free.numel())                              # the share of a single token
+        share = torch.bincount(free.flatten(), minlength=len(bias)) * one
+        if len(free):
+            bias += BIAS_STEP * (frequency - share) / frequency.clamp_min(one)
+        z = torch.where(per_sample(tau, z0) > 0, corrupt(E, x, t, again), z0)
+        later = torch.lerp(tau, end, LATER)
         for _ in range(ROUNDS):
-            part = torch.rand(tau.shape, generator=rng, dtype=tau.dtype, device=tau.device)
-            later = torch.lerp(tau, end, EARLIEST + (LATEST - EARLIEST) * part)
-            z_later = move(z, F.embedding(x, E), clock.t_of_tau(tau), clock.t_of_tau(later))
+            z_later = move(z, F.embedding(x, E), t, clock.t_of_tau(later))
             x = most_likely(flow_map.head, told(flow_map)(z_later, later, end))
     mean, losses = cross_entropy(student.head, told(student)(z, tau, end), x, known)
     return mean, losses, torch.zeros_like(losses)

@@ -183,6 +183,13 @@ def test_smallest_dtype():
 ABC = tokenizer.char_encoding("abc", "abc")
 
 
+def test_frequency_of_tokens(tmp_path):
+    corpus.write_bins(tmp_path, ABC, [np.array([0, 2, 2, 2, 1])], [np.array([1, 0])], None)
+    data = loader.Data(str(tmp_path), "train", 2, 1)
+    assert data.frequency().tolist() == pytest.approx([0.2, 0.2, 0.6])
+    assert data.frequency(most=2).tolist() == [0.5, 0, 0.5]
+
+
 def test_write_bins(tmp_path):
     pieces = [np.array([0, 1]), np.array([[2, 2]])]
     corpus.write_bins(tmp_path / "a" / "b", ABC, pieces, [np.array([1, 0])], 2)

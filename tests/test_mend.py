@@ -17,89 +17,129 @@ import flow
 import flowmap
 from lib import checkpoint as ckpt
 from lib.machine import SAMPLE_NOISE, generator
-from lib.mend import EARLIEST, LATEST, ROUNDS, mending_loss
+from lib.mend import LATER, ROUNDS, mending_loss, shared_noise
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0])
+EVEN = torch.full((V,), 1 / V, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("told", [False, True])
-def test_loss_in_loops(told, scale):
-    """Row by row: a draft, of the flow map in the first half and of the draft network in the
-    second, is mixed with the state it came from, and jumped on from. Known tokens are put back
-    before every jump, and are not learned. Only the student has a gradient."""
-    B, L = 6, 5
+def test_loss_in_loops(told):
+    """Row by row: a draft from noise, biased; for jumps of a part of the way it is mixed with fresh
+    noise; then it is mended. Known tokens are put back before every jump, and are not learned. Only
+    the student has a gradient."""
+    B, L = 8, 5
     flow_map = network(True, told)
     E = flow_map.embed.weight.detach()
     student, draft_net = (network(True, told, E) for _ in range(2))
     y, known = some_known(B, L)
-    tau = torch.tensor([0, 0.3, 0.9, 0, 0.6, 0.2], dtype=torch.float64)
+    tau = torch.tensor([0.5, 0, 0.3, 0.9, 0, 0.6, 0.2, 0], dtype=torch.float64)
+    before = torch.linspace(0, 3, V, dtype=torch.float64)
+    bias = before.clone()
     mean, losses, cut = mending_loss(student, draft_net, flow_map, CLOCK, y, tau, generator(3),
-                                     scale, known=known if told else None)
+                                     EVEN, bias, known=known if told else None)
     rng = generator(3)
-    z0 = scale * flow.latent_noise(E, (B, L), rng)
-    parts = [torch.rand(B, generator=rng, dtype=torch.float64) for _ in range(ROUNDS)]
-    extra = dict(known=known[:1]) if told else {}
+    z0, again = (0.5 * flow.latent_noise(E, (B, 1), rng).expand(B, L, -1) for _ in range(2))
+    counts = [0] * V
 
     def jump(net, z, start, b):
+        extra = dict(known=known[b:b + 1]) if told else {}
         if told:
-            extra["known"] = known[b:b + 1]
             z = torch.where(known[b, :, None], E[y[b]], z)
         return net.head(net(z[None], *(torch.tensor([x], dtype=torch.float64)
                                        for x in (start, 1)), **extra))[0]
     for b in range(B):
-        t = CLOCK.t_of_tau(tau[b]).item()
-        z = (1 - t) * z0[b] + t * E[y[b]]
-        x = jump(flow_map if b < 3 else draft_net, z, tau[b], b).argmax(-1)
-        for part in parts:
-            later = tau[b] + (1 - tau[b]) * (EARLIEST + (LATEST - EARLIEST) * part[b])
-            h = (CLOCK.t_of_tau(later).item() - t) / (1 - t)
+        t, z = CLOCK.t_of_tau(tau[b]).item(), z0[b]
+        x = (jump(draft_net, z, 0, b) + before).argmax(-1)
+        for token in x.tolist() if not told or not known[b].any() else ():
+            counts[token] += 1
+        z = (1 - t) * again[b] + t * E[x] if t else z
+        later = tau[b] + (1 - tau[b]) * LATER
+        h = (CLOCK.t_of_tau(later).item() - t) / (1 - t)
+        for _ in range(ROUNDS):
             x = jump(flow_map, (1 - h) * z + h * E[x], later, b).argmax(-1)
         log_p = jump(student, z, tau[b], b).log_softmax(-1)
         for place in range(L):
             expected = 0 if told and known[b, place] else -log_p[place, x[place]].item()
             assert losses[b, place].item() == pytest.approx(expected, abs=1e-6)
+    for token in range(V):
+        share = counts[token] / sum(counts)
+        step = 0.1 * (1 / V - share) * V
+        assert bias[token].item() == pytest.approx(before[token].item() + step)
     assert mean.item() == pytest.approx(losses.mean().item()) and not cut.any()
     mean.backward()
     assert student.head.weight.grad.abs().max() > 0
     assert all(p.grad is None for net in (draft_net, flow_map) for p in net.parameters())
 
 
+def test_the_bias_makes_drafts_tell_every_token():
+    """A network that all but always writes one token: biased, its drafts have all, as often as
+    asked. Where every text is told something, the bias stays."""
+    torch.manual_seed(0)
+    net, flow_map = network(True), network(True)
+    net.head.bias.data = torch.tensor([3.0, 0, -1], dtype=torch.float64)
+    wanted, bias = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), EVEN * 0
+    y, tau, known = torch.zeros(64, 5, dtype=torch.long), torch.zeros(64), torch.zeros(64, 5) > 0
+    shares = []
+    for i in range(300):
+        z = shared_noise(net.embed.weight.detach(), (64, 5), generator(i))
+        start = torch.zeros(64, dtype=torch.float64)
+        x = (net.head(net(z, start, start + 1)) + bias).argmax(-1)
+        shares.append(torch.bincount(x.flatten(), minlength=V) / x.numel())
+        mending_loss(net, net, flow_map, CLOCK, y, start, generator(i), wanted, bias, known=known)
+    assert shares[0][0] > 0.8
+    assert torch.allclose(torch.stack(shares[-200:]).mean(0), wanted.float(), atol=0.05)
+    told = bias.clone()
+    mending_loss(net, net, flow_map, CLOCK, y, tau.double(), generator(0), wanted, bias,
+                 known=known | (torch.arange(5) == 0))
+    assert torch.equal(told, bias)
+
+
 def test_the_exact_flow_map_mends_every_draft():
-    """Texts of two equal tokens. Drafts of independent tokens are wrong two times in three, and
-    none of them is after mending. All three texts remain."""
+    """Texts of two equal tokens. Every draft is wrong, and none is after mending. All three texts
+    remain."""
     class Student:
         """Its loss of a token tells which it is: logits 0, 1, 2 for every place."""
         head = torch.nn.Identity()
 
         def __call__(self, z, *times, known):
             return torch.arange(3, dtype=z.dtype).expand(z.shape).clone().requires_grad_()
+
+    class Careless(Independent):
+        """Draws the second token as the first, but one further: every draft is wrong."""
+
+        def __call__(self, z, *times, known=None):
+            z = torch.stack([z[:, 0], z[:, 1].roll(1, -1)], dim=1)
+            known = torch.zeros(z.shape[:2], dtype=torch.bool) if known is None else known
+            return super().__call__(z, *times, known=known)
     law = Exact(torch.eye(V, dtype=torch.float64) / V + 1e-12)
-    careless = Independent(law.log_p.exp().view(V, V))
+    careless = Careless(law.log_p.exp().view(V, V))
     student, B = Student(), 300
     student.head.out_features, student.embed = V, law.embed
-    known = torch.zeros(B, 2, dtype=torch.bool)
-    z0 = flow.latent_noise(law.embed.weight, (B, 2), generator(5))
-    drafts = careless(z0, torch.zeros(B, dtype=torch.float64), known=known).argmax(-1)
-    assert (drafts[:, 0] != drafts[:, 1]).double().mean() > 0.4
-    _, losses, _ = mending_loss(student, careless, law, CLOCK, torch.zeros_like(drafts),
-                                torch.zeros(B, dtype=torch.float64), generator(5), known=known)
+    known, start = torch.zeros(B, 2, dtype=torch.bool), torch.zeros(B, dtype=torch.float64)
+    z0 = shared_noise(law.embed.weight, (B, 2), generator(5))
+    drafts = careless(z0, start).argmax(-1)
+    assert torch.equal((drafts[:, 0] + 1) % V, drafts[:, 1])
+    _, losses, _ = mending_loss(student, careless, law, CLOCK, torch.zeros_like(drafts), start,
+                                generator(5), EVEN, 0 * EVEN, known=known)
     tokens = (math.log(1 + math.e + math.e ** 2) - losses).round().long()
     assert (tokens[:, 0] == tokens[:, 1]).double().mean() > 0.99
     assert torch.bincount(tokens[:, 0], minlength=V).min() > B / 6
 
 
-MEND = ["--mend=true", "--diagonal_share=0", "--target_ema", "--noise_scale=0.5", "--batch_size=8",
+MEND = ["--mend=true", "--diagonal_share=0", "--target_ema", "--batch_size=8",
         "--learning_rate=0.01", "--schedule=constant"]
 
 
 def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path, capsys):
-    """It starts as the flow map, continues exactly, and is sampled from smaller noise."""
+    """It starts as the flow map, continues exactly, and is sampled from shared noise."""
     teacher = toy[0] / "out" / "fmlm.pt"
     run = lambda folder, *more, **options: quick_run(
         "distill.py", *toy[1], *MEND, f"--out_dir={folder}", f"--teacher_path={teacher}", *more,
         **options)
     run(tmp_path / "still", "--max_iters=1", "--learning_rate=1e-30", "--min_lr=0")
     first, start = torch.load(tmp_path / "still" / "mended.pt"), torch.load(teacher)
-    assert first["kind"] == "fmlm" and first["noise_scale"] == 0.5
+    assert first["kind"] == "fmlm" and first["mended"]
     assert all(torch.equal(start["ema"][name], p) for name, p in first["model"].items())
     run(tmp_path / "whole")
     run(tmp_path / "parts", "--max_iters=3")
@@ -132,9 +172,8 @@ def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path, capsys):
     net = ckpt.build_model(ckpt.load_checkpoint(tmp_path / "whole" / "mended.pt"),
                            torch.device("cpu"))
     E = net.embed.weight.detach()
-    z = flow.latent_noise(E, (8, net.config.block_size), generator(1, SAMPLE_NOISE, 0),
-                          flow.noise_factor(E))
     with torch.no_grad():
-        texts, others = (flowmap.sample(net, flow.Clock(*E.shape), scale * z, 2).tolist()
-                         for scale in (0.5, 1))
+        texts, others = (flowmap.sample(net, flow.Clock(*E.shape), draw(
+            E, (8, net.config.block_size), generator(1, SAMPLE_NOISE, 0), flow.noise_factor(E)),
+            2).tolist() for draw in (shared_noise, flow.latent_noise))
     assert [record["tokens"] for record in log(tmp_path / "texts.jsonl")] == texts != others

@@ -147,7 +147,6 @@ CASES = [
         *(f"--target_ema --diagonal_share=0 --{one}" for one in (
             "objective=lsd", "self_distill", "split=0.2", "teacher_temperature=2",
             "batch_size=1")))),
-    ("distill.py --noise_scale=0.5", "noise_scale is for mend; add --mend"),
     ("distill.py --mend --target_ema --diagonal_share=0 --teacher_path={toy}/out/flm.pt",
      "{toy}/out/flm.pt {wants_map}"),
     ("distill.py --self_distill --teacher_temperature=1.2",

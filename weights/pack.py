@@ -22,7 +22,7 @@ for kind in ("flm", "fmlm"):
     read = source / ("mended.pt" if mended else f"{kind}.pt")
     checkpoint = load_checkpoint(read, kind)
     small = {key: value for key, value in checkpoint.items()
-             if key not in ("model", "optimizers", "scaler")}
+             if key not in ("model", "optimizers", "scaler", "draft_bias")}
     small["ema"] = {name: p.bfloat16() for name, p in checkpoint["ema"].items()}
     path = target / f"{kind}.pt"
     replace_file(path, lambda file: torch.save(small, file))
