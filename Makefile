@@ -34,7 +34,7 @@ demo:
 	$(RUN) distill.py config/mend_stories.py --out_dir=$(OUT) $(ARGS)
 	@echo; echo "== How they learned"
 	$(RUN) eval/plot.py --out_dir=$(OUT)
-	@echo; echo "== What they write, from the same noise"
+	@echo; echo "== What they write"
 	$(RUN) sample.py --out_dir=$(OUT) --steps=1,2 --flow_steps=64 --gamma=1 --num_samples=$(TEXTS) | head -n 26
 	@echo "demo: $$(( $$(date +%s) - $$(cat .demo_start) )) s from nothing to stories in one step"
 	@echo "more: $(RUN) sample.py --out_dir=$(OUT) --num_samples=20"

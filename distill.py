@@ -96,7 +96,7 @@ if n_diagonal == batch_size or (diagonal_share and not n_diagonal):
          f"{'jumps' if n_diagonal else 'the diagonal'}")
 if mend and (n_diagonal or self_distill or not target_ema or batch_size == 1 or
              (objective, split, teacher_temperature) != ("psd", 0.5, 1)):
-    fail("mend has a loss of its own, on drafts of two networks; set diagonal_share=0, target_ema, "
+    fail("mend has a loss of its own, on the student's drafts; set diagonal_share=0, target_ema, "
          "batch_size above 1; leave out objective, self_distill, split, teacher_temperature")
 if objective == "psd" and not n_diagonal and not mend:
     fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")

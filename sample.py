@@ -1,7 +1,7 @@
 """Generate text.
 
     python sample.py --steps 1              # one network evaluation a text, with the flow map
-    python sample.py --steps 1,2,4,8 --flow_steps 64    # the same noise, by flow map and flow
+    python sample.py --steps 1,2,4,8 --flow_steps 64    # by flow map and flow
     python sample.py --prompt "One calm morning Tom took a nice kite to the fair." --watch
     python sample.py --fill "One {2} Tom took a {1} kite to the {1}. {22} Now Zoe has the {1}, and"
     python sample.py --refine=8     # each round keeps the surest words; or --steps 8 --guidance=2
@@ -9,8 +9,8 @@
     python sample.py --init_from=owt_fmlm.ckpt --trust_checkpoint   # a checkpoint of the authors
 
 Reads out_dir/mended.pt, or fmlm.pt, or flm.pt, the first there is. Needs no data folder: the
-tokenizer is in the checkpoint. Prints a table, a row for each number of steps, then the texts,
-those from the same noise together. If the set has a checker, wrong texts end with what is wrong.
+tokenizer is in the checkpoint. Prints a table, a row for each number of steps, then the texts: the
+first of every row, the second of every row. With a checker, wrong texts end with what is wrong.
 """
 
 import itertools
@@ -41,7 +41,7 @@ n_head = 0                       # of a released checkpoint that does not say it
 vocabulary = ""                  # of a released checkpoint: vocab.txt, tokenizer.json; "" = GPT-2
 model = "auto"                   # fmlm, flm, or auto: fmlm if there is one; mended.pt first
 steps = "1"                      # network evaluations per text; several as 1,2,4,8
-flow_steps = 0                   # also decode the same noise with the flow, in this many steps
+flow_steps = 0                   # also sample the map's flow, in this many steps
 num_samples = 4                  # for each pattern, where fill is a file
 block_size = 0                   # tokens in a text; 0 = as many as the network was trained on
 temperature = 1.0                # of the guesses on the way: below 1 for commoner words
@@ -168,10 +168,10 @@ try:
     print("model  steps ms a text  texts/s" + "  valid" * bool(check), *table, sep="\n")
     print(f"(of {total:,} texts; ms for one alone, texts/s in groups of {GROUP})"
           + f"; all {total * len(runs):,} are in {out}" * bool(out), end="\n\n")
-    for same_noise in zip(*records):
+    for one_of_each in zip(*records):
         if long:
-            print(f"==== sample {same_noise[0]['sample']}")
-        for name, record in zip(names if len(runs) > 1 else [""], same_noise):
+            print(f"==== sample {one_of_each[0]['sample']}")
+        for name, record in zip(names if len(runs) > 1 else [""], one_of_each):
             wrong = f"  [{record['mistake']}]" if record.get("mistake") else ""
             print(name, record["text"].strip() + wrong, sep=("\n" if long else "  ") * bool(name))
         if long or len(runs) > 1:

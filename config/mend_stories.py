@@ -1,4 +1,4 @@
-"""The last stage of stories, for one and two steps, after distill.py config/distill_stories.py.
+"""The last stage of stories, for few steps, after distill.py config/distill_stories.py.
 
     python distill.py config/mend_stories.py
 """

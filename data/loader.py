@@ -86,7 +86,7 @@ class Data:
         return in_rows if self.meta["row_length"] else "stream"
 
     def frequency(self, most: int = 10_000_000) -> np.ndarray:
-        """The shares (V,) of the first `most` tokens that are each token, float32."""
+        """How often each token stands among the first `most`, as shares (V,) in float32."""
         counts = np.bincount(self.tokens[:most], minlength=self.meta["vocab_size"])
         return (counts / counts.sum()).astype(np.float32)
 

@@ -35,7 +35,7 @@ def shared_noise(E: Tensor, shape: tuple[int, int], rng: torch.Generator,
 
 def noise_of(checkpoint: dict) -> Callable:
     """What draws the noise of a checkpoint's network: shared_noise for a mended map, latent_noise
-    for others, of the size noise_scale, which a map of the version before may have."""
+    for others. A map that an earlier version mended (weights/chat) has its size in noise_scale."""
     if checkpoint.get("mended"):
         return shared_noise
     return lambda *args: checkpoint.get("noise_scale", 1) * latent_noise(*args)
@@ -73,11 +73,12 @@ def mending_loss(student: Callable, draft_net: Callable, flow_map: Callable, clo
         hidden = told(draft_net)(z0, start, end)
         x = by_tokens(lambda hidden: (draft_net.head(hidden) + bias).argmax(-1), draft_net.head,
                       hidden)                                       # (B, L)
-        free = x if known is None else x[~known.any(1)]             # texts that are told nothing
-        one = 1 / max(1, free.numel())                              # the share of a single token
-        share = torch.bincount(free.flatten(), minlength=len(bias)) * one
-        if len(free):
-            bias += BIAS_STEP * (frequency - share) / frequency.clamp_min(one)
+        free = torch.ones_like(x, dtype=bias.dtype)                 # 0 in texts told tokens
+        if known is not None:
+            free *= ~known.any(1, keepdim=True)
+        one = 1 / free.sum().clamp_min(1)                           # the share of a single token
+        share = torch.zeros_like(bias).index_add_(0, x.flatten(), free.flatten()) * one
+        bias += free.any() * BIAS_STEP * (frequency - share) / frequency.maximum(one)
         z = torch.where(per_sample(tau, z0) > 0, corrupt(E, x, t, again), z0)
         later = torch.lerp(tau, end, LATER)
         for _ in range(ROUNDS):

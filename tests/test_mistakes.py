@@ -86,7 +86,7 @@ PARTS = dict(  # of several messages
     local="on the Hub (OfflineModeIsEnabled); without a network, give a local copy with --file",
     weak="weak goes with neither flow_steps nor weak_dropout; leave them out",
     unguided="weak and weak_dropout are for guidance; add --guidance=2, say",
-    mend="mend has a loss of its own, on drafts of two networks; set diagonal_share=0, target_ema, "
+    mend="mend has a loss of its own, on the student's drafts; set diagonal_share=0, target_ema, "
          "batch_size above 1; leave out objective, self_distill, split, teacher_temperature",
     wants_map="is a flow (FLM, from train.py); what is needed here is a flow map (FMLM, from "
               "distill.py)",
