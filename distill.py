@@ -4,11 +4,10 @@
     python distill.py config/mend_stories.py            # fmlm.pt there -> mended.pt
     torchrun --nproc_per_node=8 distill.py config/distill_owt.py
 
-The student is the FLM with a second time embedding, which starts at zero: it knows where it is, but
-not yet where to jump. Part of every batch keeps it a denoiser (the diagonal: jumps of no length,
-taught by the frozen FLM). The rest teaches jumps of every length by one of three objectives
-(flowmap.py), a share of them the full jump from noise to text. Teacher and student share the
-embedding E, frozen, since both must see the same noisy state.
+The student is the FLM with a second time embedding, which starts at zero: it does not know yet
+where to jump. Part of every batch keeps it a denoiser (the diagonal: jumps of no length, taught by
+the frozen FLM). The rest teaches jumps of every length, some of them full, from noise to text, by
+one of three objectives (flowmap.py). Both read the same noisy state, so E is shared and frozen.
 
 Notable: the default objective needs forward passes only, since two short jumps are the target of a
 long one. Long jumps are learned last; the log shows the loss by jump length.
@@ -37,20 +36,21 @@ from lib.mend import mending_loss
 from lib.optim import Muon, learning_rate_at
 
 # -- input and output
-out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt and fmlm.jsonl (the log)
+out_dir = "out/stories"          # reads flm.pt, writes fmlm.pt, or with mend mended.pt, and a log
 dataset = "stories"              # must have the vocabulary that the FLM was trained on
-teacher_path = ""                # the FLM, ours or a released one; "" = out_dir/flm.pt
+teacher_path = ""                # the FLM or, with mend, a map; "" = out_dir/flm.pt, or fmlm.pt
 trust_checkpoint = False         # read the teacher although its file holds other Python objects
 n_head = 0                       # of a released teacher that does not say it
 block_size = 0                   # tokens in a sequence; 0 = as many as the teacher was trained on
-init_from = "scratch"            # from the teacher; resume: continue the file it wrote; or auto
+init_from = "scratch"            # or resume: continue the file it wrote; or auto, if there is one
+start_from = ""                  # with mend: the flow map to start with; "" = teacher_path
 eval_interval = 250              # steps between validations; each also writes the checkpoint
 keep_best = False                # also fmlm.best.pt, which agrees best with itself: see validate
 eval_iters = 8                   # validation batches
 log_interval = 25                # steps between progress lines
 wandb_project = ""               # log there too, if named
 # -- method
-mend = False                     # ours: a second stage, taught by fmlm.pt itself; see lib/mend.py
+mend = False                     # ours: a second stage, for fewer steps; see lib/mend.py
 objective = "psd"                # or lsd, esd: they differentiate in tau; train with time_scale = 1
 self_distill = False             # the diagonal learns from the data; the start is still the FLM
 teacher_temperature = 1.0        # above 1 the teacher is softer: maps are less varied than flows
@@ -94,10 +94,12 @@ n_diagonal = round(diagonal_share * batch_size)
 if n_diagonal == batch_size or (diagonal_share and not n_diagonal):
     fail(f"diagonal_share={diagonal_share} of batch_size={batch_size} leaves no row for "
          f"{'jumps' if n_diagonal else 'the diagonal'}")
-if mend and (n_diagonal or self_distill or not target_ema or batch_size == 1 or
+if mend and (n_diagonal or self_distill or not target_ema or
              (objective, split, teacher_temperature) != ("psd", 0.5, 1)):
-    fail("mend has a loss of its own, on the student's drafts; set diagonal_share=0, target_ema, "
-         "batch_size above 1; leave out objective, self_distill, split, teacher_temperature")
+    fail("mend has a loss of its own, on the student's drafts; set diagonal_share=0, target_ema; "
+         "leave out objective, self_distill, split, teacher_temperature")
+if start_from and not mend:
+    fail("start_from is the flow map that mend improves; add --mend, or leave it out")
 if objective == "psd" and not n_diagonal and not mend:
     fail("objective=psd learns the flow from the diagonal alone; set diagonal_share above 0")
 if self_distill and teacher_temperature != 1:
@@ -114,17 +116,18 @@ sequences = batch_size * gradient_accumulation_steps  # in one optimizer step
 
 # ------------------------------------------------------------------------------ teacher, data
 
-path, kind = Path(out_dir) / ("mended.pt" if mend else "fmlm.pt"), "fmlm" if mend else "flm"
-teacher_path = teacher_path or str(Path(out_dir) / f"{kind}.pt")
-source = ckpt.load_checkpoint(teacher_path, kind, trust_checkpoint, n_head)
-block_size = ckpt.set_length(source, block_size, teacher_path)
+path = Path(out_dir) / ("mended.pt" if mend else "fmlm.pt")
+teacher_path = teacher_path or str(Path(out_dir) / ("fmlm.pt" if mend else "flm.pt"))
+start_from = start_from or teacher_path
+source = ckpt.load_checkpoint(teacher_path, "" if mend else "flm", trust_checkpoint, n_head)
+start = ckpt.load_checkpoint(start_from, "fmlm", trust_checkpoint, n_head) if mend else source
+for file, name in ((start, start_from), (source, teacher_path)):
+    block_size = ckpt.set_length(file, block_size, name)
+    if context_share and not ckpt.has_context(file):
+        fail(f"{name} was trained with context_share=0; distil it with --context_share=0")
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
 ckpt.require_same_vocabulary(source, data)
-if context_share and not ckpt.has_context(source):
-    fail(f"{teacher_path} was trained with context_share=0; distil it with --context_share=0")
-if mend and source.get("mended"):
-    fail(f"{teacher_path} is mended already; give the flow map before as --teacher_path")
 
 
 def draw_times(micro_steps: int, full_share: float, rng: torch.Generator):
@@ -157,32 +160,31 @@ fixed = ("block_size", "mend", "objective", "self_distill", "teacher_temperature
 checkpoint = ckpt.load_resumable(path, "fmlm", init_from, settings, fixed, machine)
 torch.manual_seed(seed)
 teacher = ckpt.build_model(source, machine.device)
-if checkpoint:
-    student = ckpt.build_model(checkpoint, machine.device, "model")
-    if not torch.equal(student.embed.weight, teacher.embed.weight) or not torch.equal(
-            checkpoint.get("teacher", teacher.head.bias), teacher.head.bias):
-        fail(f"{path} was distilled from another network than {teacher_path}; start again with "
-             f"--init_from=scratch")
-else:
-    student = ckpt.build_model(source, machine.device, flow_map=True, dropout=dropout)
+more = {} if checkpoint or mend else dict(flow_map=True)            # a second time embedding
+student = ckpt.build_model(checkpoint or start, machine.device, "model" if checkpoint else "ema",
+                           dropout=dropout, **more)
+bias = teacher.head.bias.cpu()
+if not torch.equal(student.embed.weight, teacher.embed.weight) or not torch.equal(
+        (checkpoint or {}).get("teacher", bias), bias):
+    fail(f"{path if checkpoint else start_from} was distilled from another network than "
+         f"{teacher_path}; give that as --teacher_path, or distil anew with --init_from=scratch")
 student.embed.weight.requires_grad_(False)
 student.head.compiled = compile                                     # its loss, too
 ema = copy.deepcopy(student).eval()
 clock_embedding_share = source["clock_embedding_share"]
-del source                                                          # its memory
 clock = Clock(*student.embed.weight.shape, clock_embedding_share, machine.device)
 factor = noise_factor(student.embed.weight)  # E is frozen: once is enough
 frequency = machine.put(data.frequency()) if mend else torch.zeros(0)           # (V,)
 draft_bias = machine.put((checkpoint or {}).get("draft_bias", torch.zeros(len(frequency))))
-net = torch.compile(student, dynamic=False) if compile else student
-teacher = torch.compile(teacher, dynamic=False) if compile else teacher
+del source, start                                                   # their memory
+net, teacher = (torch.compile(n, dynamic=False) if compile else n for n in (student, teacher))
 
 
 def loss_of(net, target_net, y, tau_s, tau_t, rng, bias, known=None):
     with machine.autocast():
         if mend:
             return mending_loss(net, target_net, teacher, clock, y, tau_s, rng, frequency, bias,
-                                factor, known)
+                                factor, known, teacher.config.flow_map)
         return flowmap.loss(net, target_net, None if self_distill else teacher, clock, objective, y,
                             tau_s, tau_t, rng, n_diagonal, factor, split, teacher_temperature,
                             known)
@@ -236,9 +238,6 @@ def save(best: bool = False) -> None:
             vocabulary=data.meta["tokenizer"], checker=data.meta.get("checker")))
 
 
-FULL_JUMPS_IN_VALIDATION = 1 / 8  # of the jumps, whatever the share in training: enough for a mean
-
-
 @torch.no_grad()
 def validate() -> tuple[float, list[float]]:
     """Of the moving average, on held-out text, nats per token: the mean loss; the loss on the
@@ -247,8 +246,8 @@ def validate() -> tuple[float, list[float]]:
     jumps, too: their losses say how well it agrees with itself, not how good it is. Compare the
     texts of two runs, not these losses."""
     total = torch.zeros(2, 11, device=machine.device)               # losses, counts
-    tau_s, tau_t = draw_times(eval_iters, FULL_JUMPS_IN_VALIDATION,
-                              generator(seed, VAL_TIMES))
+    # One jump in eight is full, whatever the share in training: enough for a mean.
+    tau_s, tau_t = draw_times(eval_iters, 1 / 8, generator(seed, VAL_TIMES))
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))
         start, end = machine.put(tau_s[i]), machine.put(tau_t[i])
@@ -264,8 +263,8 @@ def validate() -> tuple[float, list[float]]:
 
 if machine.main:
     n_tokens = max_iters * sequences * block_size
-    print(f"flow map of {teacher_path}; {machine.describe()}; {max_iters:,} steps, "
-          f"{n_tokens / len(data.tokens):.1f} epochs -> {path}", flush=True)
+    print(f"flow map of {teacher_path}{f', from {start_from}' * mend}; {machine.describe()}; "
+          f"{max_iters:,} steps, {n_tokens / len(data.tokens):.1f} epochs -> {path}", flush=True)
 skipped = 0                                                         # steps in a row
 progress = Progress(step, max_iters, sequences * block_size)
 next_batch = batch(step * local_steps)

@@ -28,7 +28,7 @@ import flowmap
 from data.loader import find_check, text_of
 from lib import checkpoint as ckpt
 from lib.machine import DROPOUT, SAMPLE_NOISE, Machine, generator, mix
-from lib.mend import noise_of
+from lib.mend import noise_of, noise_of_rounds
 from lib.prompt import encode, read_patterns
 from lib.watch import Watch
 
@@ -118,8 +118,8 @@ def generate(n_steps, with_flow, number=0, group=0, size=GROUP, watcher=None):
     first = lambda: watcher.noise(noise()) if watcher else noise()
     y, known = (row.expand(size, -1) for row in (given[number].clamp_min(0), given[number] >= 0))
     if refine:
-        return flowmap.refine(net, clock, first, refine, n_steps, rng if order == "random" else
-                              None, y, known, watcher).tolist()
+        return flowmap.refine(net, clock, noise_of_rounds(checkpoint, first), refine, n_steps,
+                              rng if order == "random" else None, y, known, watcher).tolist()
     sampler, network = (flow.sample, flow_net) if with_flow else (flowmap.sample, net)
     network, weaker = (flow.Given(one, y, known) if one and patterns else one
                        for one in (network, weak_nets.get(network)))

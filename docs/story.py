@@ -17,7 +17,7 @@ import flowmap
 from data.loader import find_check
 from lib import checkpoint as ckpt
 from lib.machine import SAMPLE_NOISE, generator
-from lib.mend import noise_of
+from lib.mend import noise_of, noise_of_rounds
 from lib.settings import configure, fail
 from lib.watch import spell
 
@@ -125,8 +125,8 @@ save("story.gif", frames, [120] * (len(frames) - 1) + [4000])
 if all(file["settings"].get("context_share") for file in files.values()):
     rng = generator(seed, SAMPLE_NOISE, 1)
     refined, = first_good(guesses_of(
-        lambda watch: flowmap.refine(nets["fmlm"], clock, lambda: noise_of(files["fmlm"])(
-            E, (64, L), rng), rounds, watch=watch)), refined=True)
+        lambda watch: flowmap.refine(nets["fmlm"], clock, noise_of_rounds(files["fmlm"], lambda:
+            noise_of(files["fmlm"])(E, (64, L), rng)), rounds, watch=watch)), refined=True)
     frames = []
     for i, guess in enumerate(refined):
         frames.append(empty(1))

@@ -37,8 +37,8 @@ settings = configure(globals(), sys.argv[1:])
 globals().update(settings)
 require_in(settings, "[1, inf)", "seeds", "texts")
 
-TEACHER = {"sdtt": "mdlm", "dcd": "duo", "psd": "flm", "self": "flm"} | dict.fromkeys(
-    ("psd_published", "lsd_published", "esd_published"), "flm_published")
+TEACHER = dict.fromkeys(("psd_published", "lsd_published", "esd_published"), "flm_published") | {
+    "sdtt": "mdlm", "dcd": "duo", "psd": "flm", "self": "flm", "mended": "psd"}
 PUBLISHED = ["--diagonal_share=0.5", "--full_jump_share=0.03125", "--full_jump_ramp=false",
              "--split=0.5", "--teacher_temperature=1"]
 SAMPLERS = {"gamma": ("flm", "--gamma=0.9")}                        # another way to sample a model
@@ -47,22 +47,25 @@ SHORT, LONG = 1 / 4, 4           # shares of the steps: to find a rate, and of p
 ALL = ["flm", "gamma", "psd", "mdlm", "sdtt", "duo", "dcd", "ar"]   # important ones first
 ABLATIONS = ["psd-short", "self-short", "psd_published-short", "lsd_published-short",
              "esd_published-short", "mse", "noclock", "psd-long"]
-FLOW, MAP = (dict(batch_size=64) | runpy.run_path(f"config/{stage}stories.py")
-             for stage in ("", "distill_"))                         # 64: the programs' own
+FLOW, MAP, MEND = (runpy.run_path(f"config/{stage}stories.py")
+                   for stage in ("", "distill_", "mend_"))
+MAP["max_iters"] //= 2           # half of config/'s, which make demo has
+ROWS = [stage["max_iters"] * stage["batch_size"] for stage in (FLOW, MAP, MEND)]
 SETS = {  # clean: where clean tokens are read, positions as large as the rows of the embedding
     "palindromes": dict(
         iters=1000, distill_iters=5500, rival_iters=1000, optimizers=("",), fixed={},
         clean=("--position_std=0.2",), discrete=("--batch_size=128", "--optimizer=muon"),
         models=(ALL, ABLATIONS), steps="1,2,4,8,16,32,128", rivals=(),
         judging=("--num_samples=2000", "--bound=true", "--temperatures=argmax,0.3,0.5,1")),
-    "stories": dict(  # rivals: the tokens of flow and map together; each rate with each optimizer
-        iters=FLOW["max_iters"], distill_iters=MAP["max_iters"],
-        rival_iters=FLOW["max_iters"] + MAP["max_iters"] * MAP["batch_size"] // FLOW["batch_size"],
+    "stories": dict(  # rivals: the tokens of all three stages; each rate with each optimizer
+        iters=FLOW["max_iters"], distill_iters=MAP["max_iters"], mend_iters=MEND["max_iters"],
+        rival_iters=sum(ROWS) // FLOW["batch_size"],
         optimizers=("muon", "adamw"),
-        fixed={"flm": FLOW["learning_rate"], "psd": MAP["learning_rate"]},      # not searched here
+        fixed={"flm": FLOW["learning_rate"], "psd": MAP["learning_rate"],
+               "mended": MEND["learning_rate"]},                    # not searched here
         clean=("--position_std=0.065", "--replaced_share=0", "--context_share=0",
                "--embed_lr_scale=1"),
-        models=(["flm", "psd", "mdlm", "duo"], []),
+        models=(["flm", "psd", "mended", "mdlm", "duo"], []),
         steps="1,2,4,8,16,64,128", rivals=("--temperatures=0.5,1",),
         judging=(f"--num_samples={texts}",))}
 
@@ -100,6 +103,10 @@ def model(name: str, dataset: str, seed: int, rate: float, optimizer: str, share
     if name in ("sdtt", "dcd"):
         words = ["baselines/distill.py", f"--method={name}", f"--teacher_path={teacher}",
                  *about["discrete"]]
+    elif name == "mended":
+        path, iters = folder / name / "mended.pt", about["mend_iters"]
+        words = ["distill.py", f"config/mend_{dataset}.py", f"--start_from={teacher}",
+                 f"--teacher_path={teacher_of(TEACHER[name], dataset, seed)[0]}"]
     elif name in TEACHER:
         path = folder / name / "fmlm.pt"
         objective, options = name[:3], PUBLISHED if name.endswith("published") else ()
@@ -247,10 +254,11 @@ def measure(dataset: str) -> None:
         record = evaluate(checkpoint, dataset, steps, more)
         record |= dict(seconds=training["seconds"], learning_rate=rate, share=share)
         record |= dict(optimizer=optimizer) if optimizer else {}
-        if name in TEACHER:
-            record["seconds"] += teacher_of(name, dataset, seed)[1]["seconds"]
-        else:
+        if name not in TEACHER:
             record["val_loss"] = read_log(checkpoint.with_suffix(".jsonl"))[-1]["val_loss"]
+        while name in TEACHER:
+            record["seconds"] += teacher_of(name, dataset, seed)[1]["seconds"]
+            name = TEACHER[name]
         write(out, record)
 
 

@@ -14,19 +14,20 @@ from lib.settings import fail
 
 TITLES = {"palindromes": "Palindromes", "stories": "Stories"}       # the sets, by folder
 HEADLINE = {"flm": 128, "gamma": 128, "mdlm": 128, "duo": 128,      # the steps of the claims
-            "psd": 1, "sdtt": 8, "dcd": 8}
+            "psd": 1, "mended": 1, "sdtt": 8, "dcd": 8}
 SHOWN = {"ar": "autoregressive, a step a token",                    # @: at this temperature alone
          "mdlm": "MDLM", "mdlm@1": "MDLM, temperature 1", "mdlm@0.5": "MDLM, temperature 0.5",
          "sdtt": "SDTT", "duo": "Duo", "duo@1": "Duo, temperature 1",
          "duo@0.5": "Duo, temperature 0.5", "dcd": "DCD", "flm": "FLM", "gamma": "FLM, gamma 0.9",
-         "psd": "FMLM, PSD", "psd-long": "FMLM, PSD, four times as long",
-         "psd-short": "FMLM, PSD, short", "self-short": "FMLM, PSD without a teacher, short",
+         "psd": "FMLM, PSD", "mended": "FMLM, PSD, mended (ours)",
+         "psd-long": "FMLM, PSD, four times as long", "psd-short": "FMLM, PSD, short",
+         "self-short": "FMLM, PSD without a teacher, short",
          "psd_published-short": "FMLM, PSD, short, published mix",
          "lsd_published-short": "FMLM, LSD, short, published mix",
          "esd_published-short": "FMLM, ESD, short, published mix",
          "mse": "FLM, squared error", "noclock": "FLM, no clock"}
 CURVES = {"mdlm": "C0o-", "sdtt": "C0o--", "duo": "C1o-", "dcd": "C1o--",   # dashed: distilled
-          "flm": "C2o-", "psd": "C2o--"}
+          "flm": "C2o-", "psd": "C2o--", "mended": "C3o--"}
 DIFFERENT, UNEVEN = 0.95, 0.1    # the least share of different texts, the most KL of the tokens
 STUDENT = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # at 0.975, by n
 
@@ -137,6 +138,10 @@ CLAIMS = [
     ("one step of a flow map beats eight of discrete diffusion", ("psd", 1),
      [("mdlm", 8), ("duo", 8)], False),
     ("two steps of a flow map beat sixteen of discrete diffusion", ("psd", 2),
+     [("mdlm", 16), ("duo", 16)], False),
+    ("one step of a mended flow map, ours, beats eight of discrete diffusion", ("mended", 1),
+     [("mdlm", 8), ("duo", 8)], False),
+    ("two steps of a mended flow map, ours, beat sixteen of discrete diffusion", ("mended", 2),
      [("mdlm", 16), ("duo", 16)], False),
     ("one step of a flow map beats eight of distilled discrete diffusion", ("psd", 1),
      [("sdtt", 8), ("dcd", 8)], False),

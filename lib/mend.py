@@ -17,8 +17,8 @@ from flow import (Clock, Given, by_tokens, corrupt, cross_entropy, latent_noise,
                   per_sample)
 
 NOISE_SCALE = 0.5   # the size of the noise, by that of the flow
-LATER = 0.6         # from where a draft is jumped on, as part of the way from tau to 1
-ROUNDS = 2          # jumps that mend a draft; one leaves more mistakes
+LATER = 0.6         # where the teacher looks at a draft, as part of the way from tau to 1
+ROUNDS = 2          # of mending a draft; one round leaves more mistakes
 BIAS_STEP = 0.1     # by which the bias of a token rises in a step that does not write it
 
 
@@ -27,7 +27,7 @@ def shared_noise(E: Tensor, shape: tuple[int, int], rng: torch.Generator,
     """The noise (B, L, d) of a mended map: half of latent_noise, and the same at every token.
 
     Tokens with noise of their own have to agree on a text by attention. With the same noise each
-    can tell by itself which text it is. The flow map reads such noise without being trained on it.
+    can tell by itself which text it is. A flow map reads such noise without being trained on it.
     """
     B, L = shape
     return NOISE_SCALE * latent_noise(E, (B, 1), rng, factor).expand(B, L, E.size(1))
@@ -41,9 +41,19 @@ def noise_of(checkpoint: dict) -> Callable:
     return lambda *args: checkpoint.get("noise_scale", 1) * latent_noise(*args)
 
 
-def mending_loss(student: Callable, draft_net: Callable, flow_map: Callable, clock: Clock,
+def noise_of_rounds(checkpoint: dict, draw: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What draws the noise of the rounds of refinement, from what draws it once: fresh noise each
+    round, but for a mended map the first round's again. There it says which text it is, and with
+    another a round would go on with another text."""
+    if not checkpoint.get("mended"):
+        return draw
+    first = draw()
+    return lambda: first
+
+
+def mending_loss(student: Callable, draft_net: Callable, teacher: Callable, clock: Clock,
                  y: Tensor, tau: Tensor, rng: torch.Generator, frequency: Tensor, bias: Tensor,
-                 factor: Tensor | None = None, known: Tensor | None = None
+                 factor: Tensor | None = None, known: Tensor | None = None, by_map: bool = False
                  ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of jumps from tau (B,) to the end, with shared_noise from rng: the mean
     cross-entropy of mended drafts in nats per token, each token's (B, L) without gradient, and
@@ -52,8 +62,9 @@ def mending_loss(student: Callable, draft_net: Callable, flow_map: Callable, clo
     A draft x is the text that draft_net, the moving average of the student, jumps to from noise z0.
     The student jumps from z: from z0 itself, or for tau > 0 from x with fresh noise, where a
     sampler's next step would find it. The student's aim is the draft, mended: take x for the end of
-    a straight path from z, and jump on from a later point of it by the frozen flow_map. The text
-    this reaches ends another path from z, and so on, ROUNDS times.
+    a straight path from z, and let the frozen teacher say at a later point of it which token is
+    likeliest at each place: by a jump to the end (by_map), or by the denoiser of a flow. This text
+    ends another path from z, and so on, ROUNDS times. After long training the flow mends better.
 
     From its own drafts alone the student would soon write few words and kinds of text, those that
     are easy. So bias (V,) is added to the logits of drafts, and moved here, in place: up for tokens
@@ -81,8 +92,9 @@ def mending_loss(student: Callable, draft_net: Callable, flow_map: Callable, clo
         bias += free.any() * BIAS_STEP * (frequency - share) / frequency.maximum(one)
         z = torch.where(per_sample(tau, z0) > 0, corrupt(E, x, t, again), z0)
         later = torch.lerp(tau, end, LATER)
+        times = (later, end) if by_map else (later,)
         for _ in range(ROUNDS):
             z_later = move(z, F.embedding(x, E), t, clock.t_of_tau(later))
-            x = most_likely(flow_map.head, told(flow_map)(z_later, later, end))
+            x = most_likely(teacher.head, told(teacher)(z_later, *times))
     mean, losses = cross_entropy(student.head, told(student)(z, tau, end), x, known)
     return mean, losses, torch.zeros_like(losses)

@@ -100,7 +100,7 @@ def test_a_claim_is_refuted_by_either_rival(tmp_path):
     def verdict(**measured):
         write(tmp_path, **{name: measurement(*numbers) for name, numbers in measured.items()})
         return {claim: said.split("**")[1] for claim, said in verdicts(tmp_path).items()}
-    one_step, loss = CLAIMS[4][0], CLAIMS[7][0]
+    one_step, loss = CLAIMS[6][0], CLAIMS[9][0]
     assert verdict(psd=(1, 0.5, 0.51), dcd=(8, 0.6, 0.61)) == {one_step: "does not hold"}
     assert verdict(dcd=(8, 0.4, 0.41)) == {one_step: "not measured"}
     assert verdict(sdtt=(8, 0.495, 0.51)) == {one_step: "within the error"}
@@ -234,23 +234,30 @@ def test_whole_distillations_try_half_the_rate_and_short_ones_may_win(
     assert ("| DCD (short was best) | " in text) == (share < 1)
 
 
-def test_rivals_on_stories_see_the_tokens_of_flow_and_map_together(tmp_path, monkeypatch):
-    """Flow and map are those of config/, and every model has every seed and number of steps."""
+def test_rivals_on_stories_see_the_tokens_of_all_stages_together(tmp_path, monkeypatch):
+    """The stages are those of config/, and every model has every seed and number of steps."""
     programs = Programs(tmp_path, diverging="")
     run_evidence(tmp_path, monkeypatch, programs, "--sets=stories", "--seeds=2")
-    flow, flow_map = (runpy.run_path(ROOT / "config" / f"{stage}stories.py")
-                      for stage in ("", "distill_"))
-    tokens = sum(of["max_iters"] * of.get("batch_size", 64) for of in (flow, flow_map))
+    flow, flow_map, mended = stages = [runpy.run_path(ROOT / "config" / f"{stage}stories.py")
+                                       for stage in ("", "distill_", "mend_")]
+    flow_map["max_iters"] //= 2
+    tokens = sum(of["max_iters"] * of["batch_size"] for of in stages)
     folder = tmp_path / "results" / "stories"
     assert sorted(path.stem for path in folder.glob("*-seed*.json")) == [
-        f"{name}-seed{seed}" for name in ("duo", "flm", "mdlm", "psd") for seed in (1, 2)]
+        f"{name}-seed{seed}" for name in ("duo", "flm", "mdlm", "mended", "psd") for seed in (1, 2)]
     for seed in (1, 2):
-        for name, stage in (("flm", flow), ("psd", flow_map)):
+        for name, stage in (("flm", flow), ("psd", flow_map), ("mended", mended)):
             rate = stage["learning_rate"]
             run = tmp_path / "work" / "stories" / f"seed{seed}" / f"rate-{rate:g}"
-            run = run / ("flm.run.json" if name == "flm" else "psd/fmlm.run.json")
+            run = run / {"flm": "flm.run.json", "psd": "psd/fmlm.run.json",
+                         "mended": "mended/mended.run.json"}[name]
             words = json.loads(run.read_text())["words"]
             assert {f"--max_iters={stage['max_iters']}", f"--learning_rate={rate}"} < set(words)
+            if name == "mended":                                    # of which map, by which flow
+                folder = run.parents[1] / "psd"
+                flow_path = run.parents[2] / f"rate-{flow['learning_rate']:g}" / "flm.pt"
+                assert {"config/mend_stories.py", f"--start_from={folder / 'fmlm.pt'}",
+                        f"--teacher_path={flow_path}"} < set(words)
             assert not any("optimizer" in word for word in words)
         for name in ("mdlm", "duo"):
             run = tmp_path / "work" / "stories" / f"seed{seed}" / "rate-0.002-adamw"
@@ -258,9 +265,9 @@ def test_rivals_on_stories_see_the_tokens_of_flow_and_map_together(tmp_path, mon
             assert {"train.py", "config/stories.py", "--optimizer=adamw", "--embed_lr_scale=1",
                     "--replaced_share=0"} < set(words)              # train.py refuses it for them
             steps = next(int(word[12:]) for word in words if word.startswith("--max_iters="))
-            assert 0 <= tokens - steps * flow.get("batch_size", 64) < flow.get("batch_size", 64)
+            assert 0 <= tokens - steps * flow["batch_size"] < flow["batch_size"]
     judged = [words for words in programs.said if words.startswith("eval/evaluate.py")]
-    assert len(judged) == 8 and all("--steps=1,2,4,8,16,64,128 " in words for words in judged)
+    assert len(judged) == 10 and all("--steps=1,2,4,8,16,64,128 " in words for words in judged)
     assert sum("--temperatures=0.5,1 " in words for words in judged) == 4
     before = len(programs.started)
     run_evidence(tmp_path, monkeypatch, programs, "--sets=stories", "--seeds=2")

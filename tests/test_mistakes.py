@@ -86,8 +86,8 @@ PARTS = dict(  # of several messages
     local="on the Hub (OfflineModeIsEnabled); without a network, give a local copy with --file",
     weak="weak goes with neither flow_steps nor weak_dropout; leave them out",
     unguided="weak and weak_dropout are for guidance; add --guidance=2, say",
-    mend="mend has a loss of its own, on the student's drafts; set diagonal_share=0, target_ema, "
-         "batch_size above 1; leave out objective, self_distill, split, teacher_temperature",
+    mend="mend has a loss of its own, on the student's drafts; set diagonal_share=0, target_ema; "
+         "leave out objective, self_distill, split, teacher_temperature",
     wants_map="is a flow (FLM, from train.py); what is needed here is a flow map (FMLM, from "
               "distill.py)",
     wants_flow="is a flow map (FMLM, from distill.py); what is needed here is a flow (FLM, from "
@@ -145,14 +145,17 @@ CASES = [
     *((f"distill.py --mend {rest}", "{mend}") for rest in (
         "--target_ema", "--diagonal_share=0",
         *(f"--target_ema --diagonal_share=0 --{one}" for one in (
-            "objective=lsd", "self_distill", "split=0.2", "teacher_temperature=2",
-            "batch_size=1")))),
-    ("distill.py --mend --target_ema --diagonal_share=0 --teacher_path={toy}/out/flm.pt",
+            "objective=lsd", "self_distill", "split=0.2", "teacher_temperature=2")))),
+    ("distill.py --mend --target_ema --diagonal_share=0 --start_from={toy}/out/flm.pt",
      "{toy}/out/flm.pt {wants_map}"),
+    ("distill.py --start_from={toy}/out/fmlm.pt",
+     "start_from is the flow map that mend improves; add --mend, or leave it out"),
     ("distill.py --self_distill --teacher_temperature=1.2",
      "self_distill learns from the data, not from a teacher; add --teacher_temperature=1"),
     ("distill.py --full_jump_share=-0.5", "full_jump_share=-0.5: must lie in [0, 1]"),
     ("distill.py --block_size=4", "{positions}"),
+    ("distill.py --context_share=0.3",
+     "{toy}/out/flm.pt was trained with context_share=0; distil it with --context_share=0"),
     *((f"sample.py --steps={steps}",
        f"steps={steps}: expected positive numbers up to 1,000,000, such as 1,2,4,8")
       for steps in ("0", "1,99999999", "1,x")),
@@ -396,8 +399,8 @@ def test_a_resumed_map_of_another_flow(toy, broken, monkeypatch):
     other = broken / "retrained" / "flm.pt"
     said = mistake(monkeypatch, "distill.py", *toy[1], "--batch_size=8", "--init_from=resume",
                    f"--teacher_path={other}")
-    assert said.endswith(f"was distilled from another network than {other}; start again with "
-                         f"--init_from=scratch")
+    assert said.endswith(f"was distilled from another network than {other}; give that as "
+                         f"--teacher_path, or distil anew with --init_from=scratch")
 
 
 def test_resuming_on_data_of_another_size(toy, tmp_path, monkeypatch):
