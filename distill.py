@@ -128,6 +128,8 @@ for file, name in ((start, start_from), (source, teacher_path)):
 data = Data(dataset, "train", block_size, seed)
 val_data = Data(dataset, "val", block_size, seed)
 ckpt.require_same_vocabulary(source, data)
+if source.get("mended"):
+    fail(f"{teacher_path} is mended already; give the map before, or its flow, as --teacher_path")
 
 
 def draw_times(micro_steps: int, full_share: float, rng: torch.Generator):
@@ -246,8 +248,7 @@ def validate() -> tuple[float, list[float]]:
     jumps, too: their losses say how well it agrees with itself, not how good it is. Compare the
     texts of two runs, not these losses."""
     total = torch.zeros(2, 11, device=machine.device)               # losses, counts
-    # One jump in eight is full, whatever the share in training: enough for a mean.
-    tau_s, tau_t = draw_times(eval_iters, 1 / 8, generator(seed, VAL_TIMES))
+    tau_s, tau_t = draw_times(eval_iters, 1 / 8, generator(seed, VAL_TIMES))    # 1 in 8 is full
     for i in range(machine.rank, eval_iters, machine.world):
         y = machine.put(val_data.rows(i * batch_size, batch_size))
         start, end = machine.put(tau_s[i]), machine.put(tau_t[i])

@@ -240,12 +240,11 @@ def refine(model: Callable, clock: Clock, noise: Callable[[], Tensor], rounds: i
            known: Tensor | None = None, watch: Callable | None = None) -> Tensor:
     """Posterior refinement (FMLM+, arXiv 2606.24773): tokens (B, L) in `rounds` rounds.
 
-    Each round drafts the whole text from noise(), fresh each time, in `jumps` evaluations, told all
-    tokens that are known so far. Then it commits the surest of the others: of n in a row
-    ceil(n / rounds left). How sure a token is, is its probability under the last jump's delta. With
-    a generator as `order`, tokens are committed at random. Then one a round gives the exact joint
-    law if the flow map is exact. By sureness it does not, since what is committed depends on what
-    was drafted.
+    Each round drafts the whole text from noise(), in `jumps` evaluations, told all tokens that are
+    known so far. Then it commits the surest of the others: of n in a row ceil(n / rounds left). How
+    sure a token is, is its probability under the last jump's delta. With a generator as `order`,
+    tokens are committed at random. Then one a round, each from fresh noise, gives the exact joint
+    law of an exact flow map. By sureness it does not: what is committed depends on the draft.
 
     y, known: (B, L), tokens known from the start.
     """

@@ -42,9 +42,9 @@ def noise_of(checkpoint: dict) -> Callable:
 
 
 def noise_of_rounds(checkpoint: dict, draw: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What draws the noise of the rounds of refinement, from what draws it once: fresh noise each
-    round, but for a mended map the first round's again. There it says which text it is, and with
-    another a round would go on with another text."""
+    """What draws the noise (B, L, d) of each round of refinement, given what draws it once. It is
+    fresh, but for a mended map, which tells texts apart by their noise. From fresh noise such a map
+    would go on with another text, so every round starts from the noise of the first."""
     if not checkpoint.get("mended"):
         return draw
     first = draw()

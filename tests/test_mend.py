@@ -155,6 +155,9 @@ def test_a_mended_map_from_the_flow_map_to_its_texts(toy, tmp_path, capsys):
         "--learning_rate=1e-30", "--min_lr=0")                      # a mended map can be mended
     again = torch.load(tmp_path / "again" / "mended.pt")["model"]
     assert all(torch.equal(whole["ema"][name], p) for name, p in again.items())
+    assert run(tmp_path / "again", f"--teacher_path={tmp_path}/whole/mended.pt", status=1) == (
+        f"error: {tmp_path}/whole/mended.pt is mended already; give the map before, or its flow, "
+        f"as --teacher_path")
     other, another = torch.load(flow_path), tmp_path / "another.pt"
     for name, path, more in (("head.bias", "whole/mended.pt", ["--init_from=resume"]),
                              ("embed.weight", "before.pt", [f"--start_from={tmp_path}/before.pt"])):
